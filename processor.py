@@ -1,0 +1,469 @@
+"""Audio Flamingo 3, sound and words: files and prompts in, the model's tensors out; token ids back to words.
+
+In the order the data meets it: a file becomes a 16 kHz waveform; the waveform 30 s windows of log-mel; words become ids;
+and `AudioFlamingo3Processor` lays both out in the chat template, one `<sound>` id for each audio frame to come.
+"""
+import json
+import math
+import re
+import struct
+import subprocess
+import unicodedata
+import warnings
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import tiktoken
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from af3 import frame_counts
+from load_weights import find_checkpoint
+
+SAMPLE_RATE = 16000                           # Hz
+WINDOW_SECONDS = 30
+N_SAMPLES = WINDOW_SECONDS * SAMPLE_RATE      # 480000 samples a window
+HOP = 160                                     # samples from one mel frame to the next: 10 ms
+N_FFT = 400                                   # samples of one mel frame: 25 ms
+N_MELS = 128
+N_MEL_FRAMES = N_SAMPLES // HOP               # 3000 mel frames a window
+MIN_SAMPLES = 2 * HOP + 1                     # 3 mel frames, 2 conv frames, 1 audio frame
+
+# ---- A file -> a mono waveform at 16 kHz ----
+
+FFMPEG_FORMATS = "mp3,flac,ogg,mov,matroska,avi,mpegts,aac,aiff,wav,w64"
+SAMPLE_TYPES = {(1, 8): "u1", (1, 16): "<i2", (1, 24): "3u1", (1, 32): "<i4", (3, 32): "<f4", (3, 64): "<f8"}
+RATES = range(1000, 768001)                   # Hz
+
+
+def load_audio(path: str | Path, sampling_rate: int = SAMPLE_RATE) -> np.ndarray:
+    """A mono float32 waveform (n,) in [-1, 1] at `sampling_rate`, channels averaged.
+
+    WAV is read here; every other container goes through the `ffmpeg` program, which decodes and nothing more.
+    Raises FileNotFoundError or ValueError, either naming the file; a cut-off WAV is read as far as it goes, with a warning.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file.")
+    if not path.is_file():
+        raise ValueError(f"{path}: not a file of sound but a {'directory' if path.is_dir() else 'special file'}.")
+    content = path.read_bytes()
+    wav = read_wav(content, path)
+    rate, samples = wav or read_wav(decode_with_ffmpeg(path), path, streamed=True)
+    if not len(samples):
+        raise ValueError(f"{path}: holds no samples.")
+    return resample(torch.from_numpy(samples.mean(axis=1, dtype=np.float32)), rate, sampling_rate).numpy()
+
+
+def read_wav(content: bytes, path: Path, streamed: bool = False) -> tuple[int, np.ndarray] | None:
+    """(rate in Hz, float32 samples (n, channels)) of a WAV file's bytes; None where the flavour is ffmpeg's business."""
+    if content[:4] != b"RIFF" or content[8:12] != b"WAVE":
+        return None
+    chunks, at = {}, 12
+    while at + 8 <= len(content) and b"data" not in chunks:
+        name, size = struct.unpack_from("<4sI", content, at)
+        chunks.setdefault(name, (at + 8, size))
+        at += 8 + size + size % 2  # chunks are padded to even sizes
+    if b"fmt " not in chunks or len(content) < chunks[b"fmt "][0] + 16:
+        raise ValueError(f"{path}: a WAV file without a format chunk.")
+    if b"data" not in chunks:
+        raise ValueError(f"{path}: a WAV file without a data chunk.")
+    at, size = chunks[b"fmt "]
+    code, channels, rate, _, block, bits = struct.unpack_from("<HHIIHH", content, at)
+    if code == 0xFFFE and size >= 40 and len(content) >= at + 26:  # WAVE_FORMAT_EXTENSIBLE: the code proper comes later
+        code, = struct.unpack_from("<H", content, at + 24)
+    if (code, bits) not in SAMPLE_TYPES:
+        return None
+    if channels == 0 or rate not in RATES or block != channels * bits // 8:
+        raise ValueError(f"{path}: a WAV header with {channels} channels of {bits} bits at {rate} Hz, {block} bytes a frame.")
+    at, size = chunks[b"data"]
+    if at + size > len(content) and not streamed and size < 0xFFFFFF00:  # a writer that could not seek says 4 GB
+        warnings.warn(f"{path}: cut off, {(len(content) - at) / block / rate:.1f} s of {size / block / rate:.1f} s are there.")
+    frames = min(size, len(content) - at) // block
+    raw = np.frombuffer(content, SAMPLE_TYPES[code, bits], frames * channels, at)
+    if bits == 24:
+        raw = np.pad(raw, ((0, 0), (1, 0))).view("<i4")[:, 0]  # a zero byte below: 24 bits at the top of 32
+    return rate, to_float(raw).reshape(frames, channels)
+
+
+def to_float(samples: np.ndarray) -> np.ndarray:
+    """float32 samples; integers are scaled by their type's range to [-1, 1)."""
+    if samples.dtype.kind == "f":
+        return samples.astype(np.float32)
+    half = 2.0 ** (8 * samples.itemsize - 1)
+    return ((samples.astype(np.float64) - (half if samples.dtype.kind == "u" else 0)) / half).astype(np.float32)
+
+
+def decode_with_ffmpeg(path: Path) -> bytes:
+    """The first audio stream of any container, as float WAV at its own rate and channels."""
+    command = ["ffmpeg", "-nostdin", "-v", "error", "-protocol_whitelist", "file", "-format_whitelist", FFMPEG_FORMATS,
+               "-i", f"file:{path.absolute()}", "-map", "0:a:0", "-f", "wav", "-c:a", "pcm_f32le", "-"]
+    try:
+        result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: not a plain WAV file, and ffmpeg, which reads the others, is not installed.") from None
+    if len(result.stdout) < 44:
+        reason = (result.stderr.decode(errors="replace").strip().splitlines() or ["no audio inside"])[-1]
+        raise ValueError(f"{path}: no audio that ffmpeg can read ({reason}).")
+    return result.stdout
+
+
+ZERO_CROSSINGS = 20       # of the sinc, on each side
+ROLLOFF = 0.97            # the cutoff, as a part of the lower Nyquist frequency
+KAISER_BETA = 9.0         # about 90 dB of stopband
+CHUNK_OUTPUTS = 1 << 16   # samples computed at a time, which bounds the memory
+
+
+@lru_cache
+def resampling_filter(up: int, down: int) -> tuple[Tensor, Tensor]:
+    """Polyphase windowed sinc for a rate of up/down: taps (up, width) float32 and each phase's first input sample (up,)."""
+    cutoff = ROLLOFF * min(1.0, up / down)                              # as a part of the input's Nyquist frequency
+    half = ZERO_CROSSINGS / cutoff                                      # input samples
+    centres = torch.arange(up, dtype=torch.float64) * down / up
+    first = (centres - half).ceil().long()
+    offsets = torch.arange(math.ceil(2 * half)) + (first - centres)[:, None]  # from the centre, in input samples
+    window = torch.special.i0(KAISER_BETA * (1 - (offsets / half).square()).clamp(min=0).sqrt())
+    taps = torch.sinc(cutoff * offsets) * window * (offsets.abs() <= half)
+    return (taps / taps.sum(1, keepdim=True)).float(), first
+
+
+def resample(waveform: Tensor, rate: int, target: int) -> Tensor:
+    """(n,) at `rate` -> (ceil(n * target / rate),) at `target`, without delay."""
+    if rate == target:
+        return waveform
+    divisor = math.gcd(rate, target)
+    up, down = target // divisor, rate // divisor
+    taps, first = resampling_filter(up, down)
+    outputs = -(-len(waveform) * up // down)
+    blocks = -(-outputs // up)                                          # of `up` outputs, from `down` inputs each
+    before = -int(first.min())
+    after = (blocks - 1) * down + int(first.max()) + taps.shape[1] - len(waveform)
+    inputs = F.pad(waveform, (before, max(0, after))).unfold(0, taps.shape[1], 1)
+    result = torch.empty(blocks, up)
+    step = max(1, CHUNK_OUTPUTS // up)
+    for block in range(0, blocks, step):
+        starts = torch.arange(block, min(block + step, blocks))[:, None] * down + first + before
+        result[block:block + step] = torch.einsum("but,ut->bu", inputs[starts], taps)
+    return result.flatten()[:outputs]
+
+
+# ---- A waveform -> 30 s windows of log-mel ----
+
+
+@lru_cache
+def mel_filters() -> Tensor:
+    """(128, 201) triangular filters from 0 to 8 kHz on Slaney's mel scale, each of unit area."""
+    def hz(mel: Tensor) -> Tensor:  # linear to 1 kHz (15 mel), then 27 mel for each factor of 6.4
+        return torch.where(mel < 15, mel * 200 / 3, 1000 * torch.exp((mel - 15) * math.log(6.4) / 27))
+    top = 15 + math.log(SAMPLE_RATE / 2 / 1000) * 27 / math.log(6.4)
+    edges = hz(torch.linspace(0, top, N_MELS + 2, dtype=torch.float64))
+    bins = torch.linspace(0, SAMPLE_RATE / 2, N_FFT // 2 + 1, dtype=torch.float64)
+    rise = (bins - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
+    fall = (edges[2:, None] - bins) / (edges[2:] - edges[1:-1])[:, None]
+    area = 2 / (edges[2:] - edges[:-2])
+    return (torch.minimum(rise, fall).clamp(min=0) * area[:, None]).float()
+
+
+def log_mel(window: Tensor) -> Tensor:
+    """(128, mel frames) float32 of up to 30 s of samples (n,): Whisper's log-mel of the window padded to 30 s.
+
+    Two frames past the last real one still touch samples; all that follow are one constant, and are left out.
+    """
+    frames = min(-(-len(window) // HOP) + 2, N_MEL_FRAMES)
+    padded = F.pad(window, (0, N_SAMPLES - len(window)))
+    padded = F.pad(padded[None], (N_FFT // 2, N_FFT // 2), mode="reflect")[0, :(frames - 1) * HOP + N_FFT]
+    spectrum = torch.stft(padded, N_FFT, HOP, window=torch.hann_window(N_FFT), center=False, return_complex=True)
+    log = (mel_filters() @ spectrum.abs().square()).clamp(min=1e-10).log10()
+    return (log.maximum(log.max() - 8) + 4) / 4
+
+
+def feature_batch(windows: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """input_features (W, 128, 3000) float32 and feature_attention_mask (W, 3000) int64, 1 on frames of real samples."""
+    features = torch.empty(len(windows), N_MELS, N_MEL_FRAMES)
+    mask = torch.zeros(len(windows), N_MEL_FRAMES, dtype=torch.long)
+    for window, row, ones in zip(windows, features, mask):
+        mel = log_mel(window)
+        row[:, :mel.shape[1]] = mel
+        row[:, mel.shape[1]:] = (max(-10.0, float(mel.max()) * 4 - 12) + 4) / 4  # silence: 1e-10, or 8 below the maximum
+        ones[:-(-len(window) // HOP)] = 1
+    return features, mask
+
+
+# ---- Words <-> ids ----
+
+
+class Tokenizer:
+    """The byte-level BPE of a `tokenizer.json`: exact, through tiktoken, because merge i makes token 256 + i.
+
+    `pad_token_id`, `eos_token_id`: the ids of the tokens that `tokenizer_config.json` names.
+    """
+
+    def __init__(self, folder: Path):
+        content, config = read_json(folder / "tokenizer.json"), read_json(folder / "tokenizer_config.json")
+        vocabulary: dict[str, int] = content["model"]["vocab"]
+        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in content["model"]["merges"]]
+        if [vocabulary.get(a + b) for a, b in merges] != list(range(256, 256 + len(merges))):
+            raise ValueError(f"{folder / 'tokenizer.json'}: merge i does not make token 256 + i.")
+        alphabet = byte_alphabet()
+        ranks = {bytes(alphabet[c] for c in token): rank for token, rank in vocabulary.items()}
+        pattern = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+        self.bpe = tiktoken.Encoding(str(folder), pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        self.added = {token["content"]: token["id"] for token in content["added_tokens"]}
+        self.special = {token["id"] for token in content["added_tokens"] if token["special"]}
+        self.bytes_of = {rank: token for token, rank in ranks.items()}
+        self.bytes_of |= {id: token.encode() for token, id in self.added.items()}
+        self.any_added = re.compile("(" + "|".join(map(re.escape, self.added)) + ")")
+        self.pad_token_id, self.eos_token_id = (self._named(config, key, folder) for key in ("pad_token", "eos_token"))
+
+    def _named(self, config: dict, key: str, folder: Path) -> int:
+        token = config.get(key)
+        token = token["content"] if isinstance(token, dict) else token
+        if token not in self.added:
+            raise ValueError(f"{folder / 'tokenizer_config.json'}: {key} is {token!r}, which tokenizer.json does not add.")
+        return self.added[token]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text, in NFC; a special token that it spells out is plain text too."""
+        return self.bpe.encode_ordinary(unicodedata.normalize("NFC", text))
+
+    def encode_template(self, pieces: list[str | int]) -> list[int]:
+        """Ids of plain text and ready ids in turn; neighbouring texts are encoded in one piece."""
+        ids, text = [], ""
+        for piece in [*pieces, None]:
+            if isinstance(piece, str):
+                text += piece
+                continue
+            ids += self.encode(text) if text else []
+            ids, text = ids + [piece], ""
+        return ids[:-1]
+
+    def decode(self, ids, skip_special_tokens: bool = False) -> str:
+        kept = (id for id in map(int, ids) if not (skip_special_tokens and id in self.special))
+        return b"".join(self.bytes_of[id] for id in kept).decode("utf-8", errors="replace")
+
+
+def byte_alphabet() -> dict[str, int]:
+    """The printable character that stands for each byte in a tokenizer.json, as GPT-2 has it, to the byte."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file.") from None
+
+
+# ---- Sound and words -> the model's tensors ----
+
+
+class Batch(dict):
+    """The model's inputs by name."""
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Batch":
+        """The same on `device`; `dtype` casts only floats: ids and masks stay integers."""
+        return Batch({name: value.to(device, dtype if value.is_floating_point() else None)
+                      for name, value in self.items()})
+
+
+def as_waveform(audio, name: str) -> Tensor:
+    """A float32 waveform (n,) of an array, tensor or list of samples at 16 kHz; integers are scaled by their range."""
+    if isinstance(audio, Tensor):
+        audio = audio.detach().cpu()
+        audio = (audio.float() if audio.is_floating_point() else audio).numpy()
+    samples = np.asarray(audio, dtype=None if isinstance(audio, np.ndarray) else np.float32)
+    if samples.ndim != 1:
+        raise ValueError(f"{name}: audio of shape {samples.shape}; a 1-D array of mono samples is expected.")
+    if samples.dtype.kind not in "fiu":
+        raise ValueError(f"{name}: audio of type {samples.dtype}; floats or integers are expected.")
+    if len(samples) < MIN_SAMPLES:
+        raise ValueError(f"{name}: audio of {len(samples)} samples; at least {MIN_SAMPLES} (20 ms at 16 kHz) are expected.")
+    samples = to_float(samples)
+    if not np.isfinite(samples).all():
+        raise ValueError(f"{name}: audio holds NaN or infinite samples; finite ones are expected.")
+    return torch.from_numpy(samples)
+
+
+class AudioFlamingo3Processor:
+    def __init__(self, tokenizer: Tokenizer, max_audio_len: int = 600):
+        self.tokenizer = tokenizer
+        self.max_audio_len = max_audio_len  # seconds
+        self.feature_extractor = SimpleNamespace(sampling_rate=SAMPLE_RATE, chunk_length=WINDOW_SECONDS)
+        self.audio_token, self.default_transcription_prompt = "<sound>", "Transcribe the input speech."
+        self.start, self.end, self.audio_token_id = (
+            tokenizer.added[token] for token in ("<|im_start|>", "<|im_end|>", self.audio_token))
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> "AudioFlamingo3Processor":
+        """From a checkpoint directory in either layout, or its hub name. A file that contradicts a constant is refused."""
+        folder = find_checkpoint(path)
+        config, file = {}, folder / "processor_config.json"
+        if file.exists():
+            config = read_json(file)
+        extractor = config.get("feature_extractor")
+        if extractor is None and (folder / "preprocessor_config.json").exists():
+            extractor = read_json(file := folder / "preprocessor_config.json")
+        constants = {"sampling_rate": SAMPLE_RATE, "chunk_length": WINDOW_SECONDS, "feature_size": N_MELS,
+                     "n_fft": N_FFT, "hop_length": HOP}
+        for key, value in constants.items():
+            if (extractor or {}).get(key, value) != value:
+                raise ValueError(f"{file}: {key} is {extractor[key]}; this model's is {value}.")
+        return cls(Tokenizer(folder if (folder / "tokenizer.json").exists() else folder / "llm"),
+                   config.get("max_audio_len", 600))
+
+    def __call__(self, text: str | list[str], audio=None, *, sampling_rate: int = SAMPLE_RATE, padding_side: str = "left",
+                 tensor_type: str = "pt", output_labels: bool = False) -> Batch:
+        """One user turn a prompt, ready for the answer: input_ids and attention_mask (B, T) int64; with audio also
+        input_features (W, 128, 3000) float32 and feature_attention_mask (W, 3000) int64, W windows of the whole batch.
+
+        audio: one waveform a prompt, 1-D at 16 kHz. `<sound>` in a prompt places one window; without any, all stand in
+        front. A prompt that starts with `<|im_start|>` is a finished template, special tokens included.
+        output_labels adds labels (B, T), -100 on audio and padding. Raises ValueError.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        audios = None if audio is None else [audio] if is_one_waveform(audio) else list(audio)
+        if audios is not None and len(audios) != len(texts):
+            raise ValueError(f"Got {len(texts)} texts but {len(audios)} audios; they must match 1:1.")
+        rows = []
+        for sample, prompt in enumerate(texts):
+            windows = None if audios is None else self._windows(as_waveform(audios[sample], f"Sample {sample}"))
+            pieces = self._prompt(prompt, windows)
+            placeholders = pieces.count(self.audio_token_id)
+            if windows is not None and placeholders != len(windows):
+                raise ValueError(f"Sample {sample}: found {placeholders} '<sound>' placeholders, "
+                                 f"but audio was split into {len(windows)} window(s).")
+            rows.append((pieces, [[window] for window in windows or []]))
+        return self._batch(rows, sampling_rate, padding_side, tensor_type, output_labels)
+
+    def _prompt(self, prompt: str, windows: list[Tensor] | None) -> list[str | int]:
+        if prompt.startswith("<|im_start|>"):
+            return [self.tokenizer.added.get(piece, piece) for piece in self.tokenizer.any_added.split(prompt) if piece]
+        if windows is None:
+            said = [prompt]
+        elif self.audio_token in prompt:
+            said = [piece for text in prompt.split(self.audio_token) for piece in (self.audio_token_id, text)][1:]
+        else:
+            said = [self.audio_token_id] * len(windows) + [prompt]
+        return [*self._turn("system", ["You are a helpful assistant."]), *self._turn("user", said), self.start, "assistant\n"]
+
+    def _turn(self, role: str, said: list[str | int]) -> list[str | int]:
+        return [self.start, f"{role}\n", *said, self.end, "\n"]
+
+    def _windows(self, waveform: Tensor) -> list[Tensor]:
+        most = self.max_audio_len // WINDOW_SECONDS * N_SAMPLES
+        if len(waveform) > most:
+            warnings.warn(f"{len(waveform) / SAMPLE_RATE:.1f} s of audio: "
+                          f"only the first {most / SAMPLE_RATE:.1f} s are heard", stacklevel=3)
+        return list(waveform[:most].split(N_SAMPLES))
+
+    def _batch(self, rows, sampling_rate, padding_side, tensor_type, output_labels) -> Batch:
+        """rows: a prompt's pieces, and for each `<sound>` piece among them the windows whose frames go there."""
+        if sampling_rate not in (None, SAMPLE_RATE):
+            raise ValueError(f"sampling_rate is {sampling_rate}; {SAMPLE_RATE} Hz is expected. Resample, or use load_audio.")
+        if padding_side not in ("left", "right") or tensor_type != "pt" or not rows:
+            raise ValueError("padding_side must be 'left' or 'right', tensor_type 'pt', and at least one prompt given.")
+        sequences = [self.tokenizer.encode_template(self._expand(*row)) for row in rows]
+        longest = max(map(len, sequences))
+        ids = torch.full((len(rows), longest), self.tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for row, sequence in enumerate(sequences):
+            real = slice(0, len(sequence)) if padding_side == "right" else slice(longest - len(sequence), longest)
+            ids[row, real], mask[row, real] = torch.tensor(sequence), 1
+        batch = Batch(input_ids=ids, attention_mask=mask)
+        if output_labels:
+            batch["labels"] = ids.masked_fill((mask == 0) | (ids == self.audio_token_id), -100)
+        windows = [window for _, sounds in rows for sound in sounds for window in sound]
+        if windows:
+            batch["input_features"], batch["feature_attention_mask"] = feature_batch(windows)
+        return batch
+
+    def _expand(self, pieces: list[str | int], sounds: list[list[Tensor]]) -> list[str | int]:
+        """Each `<sound>` becomes one for each audio frame of its windows."""
+        frames = (sum(frame_counts(-(-len(window) // HOP))[1] for window in sound) for sound in sounds)
+        return [expanded for piece in pieces
+                for expanded in ([piece] * next(frames) if piece == self.audio_token_id and sounds else [piece])]
+
+    def apply_chat_template(self, conversations, *, tokenize: bool = True, add_generation_prompt: bool = False,
+                            return_dict: bool = True, sampling_rate: int | None = None, padding_side: str = "left",
+                            tensor_type: str = "pt", output_labels: bool = False):
+        """The model's tensors of one conversation or a list of them; see `__call__` for shapes.
+
+        A conversation is a list of {"role", "content"}; content is a string, or parts {"type": "text", "text"} and
+        {"type": "audio", "path" or "audio"}: a turn's sounds stand before its text. Text is plain text, `<sound>` too.
+        tokenize=False loads no audio and returns the template's text, with one `<sound>` for each audio.
+        """
+        single = bool(conversations) and isinstance(conversations[0], dict)
+        chats = [self._chat(chat, add_generation_prompt) for chat in ([conversations] if single else conversations)]
+        if not tokenize:
+            name_of = {id: token for token, id in self.tokenizer.added.items()}
+            texts = ["".join(name_of.get(piece, piece) for piece in pieces) for pieces, _ in chats]
+            return texts[0] if single else texts
+        rows = [(pieces, [self._windows(self._listen(part, f"Sample {sample}")) for part in parts])
+                for sample, (pieces, parts) in enumerate(chats)]
+        batch = self._batch(rows, sampling_rate, padding_side, tensor_type, output_labels)
+        return batch if return_dict else batch["input_ids"]
+
+    def _chat(self, messages: list[dict], add_generation_prompt: bool) -> tuple[list[str | int], list[dict]]:
+        """A conversation's pieces, one `<sound>` for each audio, and its audio parts in the same order."""
+        if not messages:
+            raise ValueError("An empty conversation; at least one message is expected.")
+        pieces, sounds = [], []
+        if messages[0]["role"] != "system":
+            pieces += self._turn("system", ["You are a helpful assistant."])
+        for message in messages:
+            content = message["content"]
+            if content is None:
+                continue
+            parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            is_audio = [part.get("type") == "audio" or "audio" in part for part in parts]
+            heard = [part for part, audio in zip(parts, is_audio) if audio]
+            texts = [part["text"] for part, audio in zip(parts, is_audio) if not audio]
+            pieces += self._turn(message["role"], [self.audio_token_id] * len(heard) + texts)
+            sounds += heard
+        return pieces + ([self.start, "assistant\n"] if add_generation_prompt else []), sounds
+
+    def _listen(self, part: dict, name: str) -> Tensor:
+        source = part["path"] if "path" in part else part["audio"]
+        if isinstance(source, (str, Path)):
+            return as_waveform(load_audio(source), str(source))
+        return as_waveform(source, name)
+
+    def apply_transcription_request(self, audio, prompt: str | list[str] | None = None, **options) -> Batch:
+        """`apply_chat_template` of one user turn for each audio, a file or a waveform; see there."""
+        audios = [audio] if isinstance(audio, (str, Path)) or is_one_waveform(audio) else list(audio)
+        prompts = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt] * len(audios)
+        if len(prompts) != len(audios):
+            raise ValueError(f"Got {len(prompts)} texts but {len(audios)} audios; they must match 1:1.")
+        return self.apply_chat_template([
+            [{"role": "user", "content": [{"type": "audio", "audio": sound}, {
+                "type": "text", "text": self.default_transcription_prompt if text is None else text}]}]
+            for sound, text in zip(audios, prompts)], add_generation_prompt=True, **options)
+
+    def batch_decode(self, ids, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = False,
+                     strip_prefix: bool = False) -> list[str]:
+        """The texts of rows of ids. Byte-level text has no tokenization spaces to clean up."""
+        return [self.decode(row, skip_special_tokens, clean_up_tokenization_spaces, strip_prefix) for row in ids]
+
+    def decode(self, ids, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = False,
+               strip_prefix: bool = False) -> str:
+        text = self.tokenizer.decode(ids, skip_special_tokens)
+        return strip_transcription_prefix(text) if strip_prefix else text
+
+
+def is_one_waveform(audio) -> bool:
+    return isinstance(audio, (np.ndarray, Tensor)) or len(audio) == 0 or isinstance(audio[0], (int, float, np.number))
+
+
+def strip_transcription_prefix(text: str) -> str:
+    """What was said, out of the sentence the model frames it in; any other text as it is."""
+    prefixes = "The spoken content of the audio is|The transcription of the audio is|The content of the input audio is"
+    framed = re.fullmatch(rf"\s*(?:{prefixes})(.*)", text, re.DOTALL)
+    if not framed:
+        return text
+    said = framed[1].strip().removesuffix(".").strip()
+    return said[1:-1].strip() if len(said) > 1 and said[0] == said[-1] and said[0] in "'\"" else said
