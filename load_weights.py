@@ -1,125 +1,174 @@
-"""A checkpoint directory becomes a model: where it lies, what its two official layouts are called, how it is read.
+"""A checkpoint directory becomes a model: where it lies, what its configuration says, what its tensors are called.
 
-hub layout, `nvidia/audio-flamingo-3-hf`: one config.json, safetensors shards with the model's own tensor names.
-original layout, `nvidia/audio-flamingo-3`: llm/, sound_tower/, sound_mm_projector/, each with config and safetensors.
+hub layout (`nvidia/audio-flamingo-3-hf`): one config.json, and safetensors that name tensors as the model does.
+original layout (`nvidia/audio-flamingo-3`): llm/, sound_tower/ and sound_mm_projector/, each with its own.
 """
 import json
 import os
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from af3 import AudioFlamingo3Config, AudioFlamingo3ForConditionalGeneration, GenerationConfig
+from af3 import (AudioFlamingo3Config, AudioFlamingo3EncoderConfig, AudioFlamingo3ForConditionalGeneration,
+                 GenerationConfig, Qwen2Config)
 
-# what the network takes for granted; a config.json that says otherwise is refused by field
+MODEL_TYPES = {"audioflamingo3", "llava_llama"}  # of the hub's and the original's config.json
+# what the network takes for granted: a config.json that says otherwise is refused by field
 FIXED = {"activation_function": "gelu", "hidden_act": "silu", "projector_hidden_act": "gelu", "projector_bias": True,
          "scale_embedding": False, "use_sliding_window": False, "tie_word_embeddings": False, "rope_type": "default"}
-# the original layout: folder, the prefix its tensors have in the model, the names that differ
-ORIGINAL = [("llm", "language_model.", {}), ("sound_tower", "audio_tower.", {}),
-            ("sound_mm_projector", "multi_modal_projector.", {"layers.0.": "linear_1.", "layers.2.": "linear_2."})]
+OLDER_KEYS = {"d_model": "hidden_size", "encoder_layers": "num_hidden_layers", "encoder_ffn_dim": "intermediate_size",
+              "encoder_attention_heads": "num_attention_heads"}
+# the original layout: folder -> prefix of its tensors in the model
+PARTS = {"llm": "language_model.", "sound_tower": "audio_tower.", "sound_mm_projector": "multi_modal_projector."}
+OLDER_NAMES = {"multi_modal_projector.layers.0.": "multi_modal_projector.linear_1.",
+               "multi_modal_projector.layers.2.": "multi_modal_projector.linear_2."}
 
-
+# ---- Where a checkpoint lies ----
 def find_checkpoint(name: str | Path) -> Path:
-    """The directory of a checkpoint: `name` itself, or the local hub cache's latest snapshot of the hub model `name`.
+    """The directory `name`, or what the local hub cache holds of the model with that name on the hub.
 
-    Nothing is downloaded: FileNotFoundError gives the command that does.
+    Nothing is downloaded: FileNotFoundError gives the command that would.
     """
     if Path(name).is_dir():
         return Path(name)
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{str(name).replace('/', '--')}"
-    reference = cache / "refs" / "main"
-    if reference.is_file():
-        snapshot = cache / "snapshots" / reference.read_text().strip()
-        if snapshot.is_dir():
-            return snapshot
-    raise FileNotFoundError(f"{name}: no such directory, and no such model in {cache.parent}; "
-                            "to fetch the model: hf download nvidia/audio-flamingo-3-hf")
+    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
+    snapshots = cache / f"models--{str(name).replace('/', '--')}" / "snapshots"
+    main = snapshots.parent / "refs" / "main"
+    if main.is_file() and (snapshots / main.read_text().strip()).is_dir():
+        return snapshots / main.read_text().strip()
+    raise FileNotFoundError(f"{name}: no such directory, and no such model in {cache}. To fetch the official one: "
+                            "hf download nvidia/audio-flamingo-3-hf")
 
+def is_original(folder: Path) -> bool:
+    return (folder / "llm").is_dir()
 
+def tokenizer_folder(folder: Path) -> Path:
+    return folder / "llm" if is_original(folder) else folder
+
+# ---- What its configuration says ----
 def read_json(path: Path) -> dict:
-    """A JSON file's object. Raises FileNotFoundError or ValueError, either naming the file."""
+    """The object in a JSON file. Raises FileNotFoundError or ValueError, naming the file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file.") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}).") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: a JSON object is expected.")
+        raise ValueError(f"{path}: holds no JSON object.")
     return content
 
+def read_token_ids(folder: Path) -> dict[str, int]:
+    """Every token of tokenizer.json and its id."""
+    tokenizer = read_json(folder / "tokenizer.json")
+    return tokenizer["model"]["vocab"] | {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
 
-def read_config(folder: Path) -> AudioFlamingo3Config:
-    """The configuration of a checkpoint in either layout."""
-    if (folder / "llm").is_dir():
-        tokens = read_json(folder / "llm" / "tokenizer.json")["added_tokens"]
-        config = {"text_config": read_json(folder / "llm" / "config.json"),
-                  "audio_config": read_json(folder / "sound_tower" / "config.json"),
-                  "audio_token_id": next(token["id"] for token in tokens if token["content"] == "<sound>")}
-    else:
-        config = read_json(folder / "config.json")
-    text, audio = config.get("text_config") or {}, config.get("audio_config") or {}
-    for section in (config, text, audio, text.get("rope_parameters") or {}):
-        for key, value in FIXED.items():
-            if section.get(key, value) != value:
-                raise ValueError(f"{folder}: config.json: {key} is {section[key]!r}; this model's is {value!r}.")
-    return AudioFlamingo3Config.from_dict(config)
+def known_fields(cls: type, section: dict) -> dict:
+    return {f.name: section[f.name] for f in fields(cls) if section.get(f.name) is not None}
 
+def read_section(cls: type, section: dict, path: Path):
+    """An instance of a configuration dataclass from its section of config.json, in either spelling of the keys."""
+    section = section | (section.get("rope_parameters") or {})
+    for key, value in FIXED.items():
+        if section.get(key, value) != value:
+            raise ValueError(f"{path}: {key} is {section[key]!r}; only {value!r} is supported.")
+    config = cls(**known_fields(cls, {OLDER_KEYS.get(key, key): value for key, value in section.items()}))
+    for name, value in vars(config).items():
+        if not isinstance(value, (int, float)) or value <= 0:
+            raise ValueError(f"{path}: {name} is {value!r}; a number above 0 is expected.")
+    if config.hidden_size % config.num_attention_heads:
+        raise ValueError(f"{path}: hidden_size {config.hidden_size} does not divide by its {config.num_attention_heads} heads.")
+    return config
 
-def shards(folder: Path) -> list[Path]:
-    """The safetensors files of one folder: those its index names, or the only one."""
+def read_config(folder: Path, ids: dict[str, int]) -> AudioFlamingo3Config:
+    """The model's configuration, in either layout, checked against `ids`, the tokenizer's."""
+    path = folder / "config.json"
+    config = read_json(path)
+    if config.get("model_type") not in MODEL_TYPES:
+        raise ValueError(f"{path}: model_type is {config.get('model_type')!r}; an audioflamingo3 checkpoint is expected.")
+    sections = {"audio_config": config.get("audio_config") or {}, "text_config": config.get("text_config") or {}}
+    paths = dict.fromkeys(sections, path)
+    if is_original(folder):
+        paths = {"audio_config": folder / "sound_tower" / "config.json", "text_config": folder / "llm" / "config.json"}
+        sections = {name: read_json(file) for name, file in paths.items()}
+    audio = read_section(AudioFlamingo3EncoderConfig, sections["audio_config"], paths["audio_config"])
+    text = read_section(Qwen2Config, sections["text_config"], paths["text_config"])
+    sound = config.get("audio_token_id", ids["<sound>"])
+    if (text.vocab_size, sound) != (len(ids), ids["<sound>"]):
+        raise ValueError(f"{paths['text_config']}: vocab_size is {text.vocab_size} and <sound> is {sound}; "
+                         f"tokenizer.json beside it has {len(ids)} tokens, of which <sound> is {ids['<sound>']}.")
+    return AudioFlamingo3Config(audio, text, sound)
+
+def read_generation_config(folder: Path, ids: dict[str, int]) -> GenerationConfig:
+    """generation_config.json's fields; end and padding ids it does not give are the tokenizer's."""
+    folder = tokenizer_folder(folder)
+    path = folder / "generation_config.json"
+    given = known_fields(GenerationConfig, read_json(path)) if path.exists() else {}
+    names = read_json(folder / "tokenizer_config.json")
+    own = {"eos_token_id": ids.get(names.get("eos_token")), "pad_token_id": ids.get(names.get("pad_token"))}
+    return GenerationConfig(**{key: value for key, value in own.items() if value is not None} | given)
+
+# ---- What its tensors are ----
+def shard_paths(folder: Path) -> list[Path]:
+    """The safetensors files of one folder: all that its index names, or the only one."""
     index = folder / "model.safetensors.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
-    return [folder / name for name in names]
-
+    if not index.exists():
+        return [folder / "model.safetensors"]
+    return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors under the model's own names, memory-mapped: nothing is read before it is used."""
-    parts = ORIGINAL if (folder / "llm").is_dir() else [("", "", {})]
+    """Every tensor under the model's name for it, memory-mapped: nothing is read before it is used."""
     tensors = {}
-    for part, prefix, renamed in parts:
-        for path in shards(folder / part):
+    for part, prefix in (PARTS if is_original(folder) else {"": ""}).items():
+        for path in shard_paths(folder / part):
+            if not path.is_file():
+                raise FileNotFoundError(f"{path}: no such file; a part of the checkpoint is missing.")
             try:
                 with safe_open(path, framework="pt") as file:
-                    for name in file.keys():
-                        new = prefix + next((name.replace(old, new) for old, new in renamed.items() if name.startswith(old)), name)
-                        tensors[new] = file.get_tensor(name)
-            except FileNotFoundError:
-                raise FileNotFoundError(f"{path}: no such file.") from None
+                    found = {prefix + name: file.get_tensor(name) for name in file.keys()}
             except SafetensorError as error:
                 raise ValueError(f"{path}: not a whole safetensors file ({error}).") from None
+            for name, tensor in found.items():
+                older = next((start for start in OLDER_NAMES if name.startswith(start)), "")
+                tensors[OLDER_NAMES.get(older, "") + name.removeprefix(older)] = tensor
     return tensors
 
+def check_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor], folder: Path) -> None:
+    """Raises a ValueError that names every missing, unexpected or misshapen tensor."""
+    faults = [f"missing {name}" for name in expected if name not in tensors]
+    faults += [f"unexpected {name}" for name in tensors if name not in expected]
+    faults += [f"{name} has shape {list(tensors[name].shape)} where config.json asks for {list(wanted.shape)}"
+               for name, wanted in expected.items() if name in tensors and tensors[name].shape != wanted.shape]
+    faults += [f"{name} is {tensor.dtype}, not floating point" for name, tensor in tensors.items() if not tensor.is_floating_point()]
+    if faults:
+        raise ValueError(f"{folder}: the tensors do not fit the model: {'; '.join(faults)}.")
 
-def load_model(path: str | Path, device_map: str = "auto", dtype: torch.dtype | str = "auto") -> AudioFlamingo3ForConditionalGeneration:
-    """The model of a checkpoint, in evaluation mode.
+def load_model(path: str | Path, device_map: str | torch.device = "auto",
+               dtype: torch.dtype | str = "auto") -> AudioFlamingo3ForConditionalGeneration:
+    """The model of a checkpoint directory in either layout, or of a hub name; for inference.
 
-    device_map: "auto" (CUDA, else MPS, else CPU) or a device. dtype: "auto" (the checkpoint's own), a torch.dtype or its name.
-    Raises FileNotFoundError or ValueError, naming the file or every tensor that is missing, unexpected or misshapen.
+    device_map: "auto" is CUDA, else MPS, else the CPU. dtype: "auto" is the checkpoint's own, else a torch.dtype or its
+    name. Raises FileNotFoundError or ValueError, naming file, field or tensor; nothing half-loaded is returned.
     """
     folder = find_checkpoint(path)
-    config = read_config(folder)
-    with torch.device("meta"):
-        model = AudioFlamingo3ForConditionalGeneration(config)
-    tensors = read_tensors(folder)
-    check_tensors(folder, {name: parameter.shape for name, parameter in model.state_dict().items()}, tensors)
-    model.load_state_dict(tensors, strict=True, assign=True)
-    if dtype == "auto":
-        dtype = model.dtype
+    if isinstance(dtype, str) and dtype != "auto":
+        if not isinstance(getattr(torch, dtype, None), torch.dtype) or not getattr(torch, dtype).is_floating_point:
+            raise ValueError(f"dtype is {dtype!r}; 'auto', 'float32', 'bfloat16' or 'float16' is expected.")
+        dtype = getattr(torch, dtype)
     if device_map == "auto":
         device_map = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    model.generation_config = GenerationConfig(**{k: v for k, v in read_json(folder / "generation_config.json").items() if k in GenerationConfig.__dataclass_fields__})
-    return model.requires_grad_(False).eval().to(device_map, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-
-
-def check_tensors(folder: Path, expected: dict[str, torch.Size], found: dict[str, Tensor]) -> None:
-    """ValueError where names or shapes differ."""
-    faults = [f"missing {name}" for name in expected if name not in found]
-    faults += [f"unexpected {name}" for name in found if name not in expected]
-    faults += [f"{name} is {list(found[name].shape)}, config.json says {list(shape)}"
-               for name, shape in expected.items() if name in found and found[name].shape != shape]
-    if faults:
-        raise ValueError(f"{folder}: the tensors are not this model's: " + "; ".join(faults))
+    ids = read_token_ids(tokenizer_folder(folder))
+    with torch.device("meta"):
+        model = AudioFlamingo3ForConditionalGeneration(read_config(folder, ids))
+    model.generation_config = read_generation_config(folder, ids)
+    tensors = read_tensors(folder)
+    check_tensors(tensors, model.state_dict(), folder)
+    dtype = tensors["language_model.lm_head.weight"].dtype if dtype == "auto" else dtype
+    for name in tensors:  # one at a time, so that a conversion never holds two copies of the model
+        tensors[name] = tensors[name].to(device_map, dtype)
+    model.load_state_dict(tensors, strict=True, assign=True)
+    return model.requires_grad_(False).eval()

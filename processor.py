@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from af3 import frame_counts
-from load_weights import find_checkpoint
+from load_weights import find_checkpoint, read_json, tokenizer_folder
 
 SAMPLE_RATE = 16000                           # Hz
 WINDOW_SECONDS = 30
@@ -33,11 +33,9 @@ N_MEL_FRAMES = N_SAMPLES // HOP               # 3000 mel frames a window
 MIN_SAMPLES = 2 * HOP + 1                     # 3 mel frames, 2 conv frames, 1 audio frame
 
 # ---- A file -> a mono waveform at 16 kHz ----
-
 FFMPEG_FORMATS = "mp3,flac,ogg,mov,matroska,avi,mpegts,aac,aiff,wav,w64"
 SAMPLE_TYPES = {(1, 8): "u1", (1, 16): "<i2", (1, 24): "3u1", (1, 32): "<i4", (3, 32): "<f4", (3, 64): "<f8"}
 RATES = range(1000, 768001)                   # Hz
-
 
 def load_audio(path: str | Path, sampling_rate: int = SAMPLE_RATE) -> np.ndarray:
     """A mono float32 waveform (n,) in [-1, 1] at `sampling_rate`, channels averaged.
@@ -56,7 +54,6 @@ def load_audio(path: str | Path, sampling_rate: int = SAMPLE_RATE) -> np.ndarray
     if not len(samples):
         raise ValueError(f"{path}: holds no samples.")
     return resample(torch.from_numpy(samples.mean(axis=1, dtype=np.float32)), rate, sampling_rate).numpy()
-
 
 def read_wav(content: bytes, path: Path, streamed: bool = False) -> tuple[int, np.ndarray] | None:
     """(rate in Hz, float32 samples (n, channels)) of a WAV file's bytes; None where the flavour is ffmpeg's business."""
@@ -88,14 +85,12 @@ def read_wav(content: bytes, path: Path, streamed: bool = False) -> tuple[int, n
         raw = np.pad(raw, ((0, 0), (1, 0))).view("<i4")[:, 0]  # a zero byte below: 24 bits at the top of 32
     return rate, to_float(raw).reshape(frames, channels)
 
-
 def to_float(samples: np.ndarray) -> np.ndarray:
     """float32 samples; integers are scaled by their type's range to [-1, 1)."""
     if samples.dtype.kind == "f":
         return samples.astype(np.float32)
     half = 2.0 ** (8 * samples.itemsize - 1)
     return ((samples.astype(np.float64) - (half if samples.dtype.kind == "u" else 0)) / half).astype(np.float32)
-
 
 def decode_with_ffmpeg(path: Path) -> bytes:
     """The first audio stream of any container, as float WAV at its own rate and channels."""
@@ -110,12 +105,10 @@ def decode_with_ffmpeg(path: Path) -> bytes:
         raise ValueError(f"{path}: no audio that ffmpeg can read ({reason}).")
     return result.stdout
 
-
 ZERO_CROSSINGS = 20       # of the sinc, on each side
 ROLLOFF = 0.97            # the cutoff, as a part of the lower Nyquist frequency
 KAISER_BETA = 9.0         # about 90 dB of stopband
 CHUNK_OUTPUTS = 1 << 16   # samples computed at a time, which bounds the memory
-
 
 @lru_cache
 def resampling_filter(up: int, down: int) -> tuple[Tensor, Tensor]:
@@ -128,7 +121,6 @@ def resampling_filter(up: int, down: int) -> tuple[Tensor, Tensor]:
     window = torch.special.i0(KAISER_BETA * (1 - (offsets / half).square()).clamp(min=0).sqrt())
     taps = torch.sinc(cutoff * offsets) * window * (offsets.abs() <= half)
     return (taps / taps.sum(1, keepdim=True)).float(), first
-
 
 def resample(waveform: Tensor, rate: int, target: int) -> Tensor:
     """(n,) at `rate` -> (ceil(n * target / rate),) at `target`, without delay."""
@@ -149,10 +141,7 @@ def resample(waveform: Tensor, rate: int, target: int) -> Tensor:
         result[block:block + step] = torch.einsum("but,ut->bu", inputs[starts], taps)
     return result.flatten()[:outputs]
 
-
 # ---- A waveform -> 30 s windows of log-mel ----
-
-
 @lru_cache
 def mel_filters() -> Tensor:
     """(128, 201) triangular filters from 0 to 8 kHz on Slaney's mel scale, each of unit area."""
@@ -166,7 +155,6 @@ def mel_filters() -> Tensor:
     area = 2 / (edges[2:] - edges[:-2])
     return (torch.minimum(rise, fall).clamp(min=0) * area[:, None]).float()
 
-
 def log_mel(window: Tensor) -> Tensor:
     """(128, mel frames) float32 of up to 30 s of samples (n,): Whisper's log-mel of the window padded to 30 s.
 
@@ -179,7 +167,6 @@ def log_mel(window: Tensor) -> Tensor:
     log = (mel_filters() @ spectrum.abs().square()).clamp(min=1e-10).log10()
     return (log.maximum(log.max() - 8) + 4) / 4
 
-
 def feature_batch(windows: list[Tensor]) -> tuple[Tensor, Tensor]:
     """input_features (W, 128, 3000) float32 and feature_attention_mask (W, 3000) int64, 1 on frames of real samples."""
     features = torch.empty(len(windows), N_MELS, N_MEL_FRAMES)
@@ -191,10 +178,7 @@ def feature_batch(windows: list[Tensor]) -> tuple[Tensor, Tensor]:
         ones[:-(-len(window) // HOP)] = 1
     return features, mask
 
-
 # ---- Words <-> ids ----
-
-
 class Tokenizer:
     """The byte-level BPE of a `tokenizer.json`: exact, through tiktoken, because merge i makes token 256 + i.
 
@@ -244,24 +228,13 @@ class Tokenizer:
         kept = (id for id in map(int, ids) if not (skip_special_tokens and id in self.special))
         return b"".join(self.bytes_of[id] for id in kept).decode("utf-8", errors="replace")
 
-
 def byte_alphabet() -> dict[str, int]:
     """The printable character that stands for each byte in a tokenizer.json, as GPT-2 has it, to the byte."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
-
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file.") from None
-
-
 # ---- Sound and words -> the model's tensors ----
-
-
 class Batch(dict):
     """The model's inputs by name."""
 
@@ -269,7 +242,6 @@ class Batch(dict):
         """The same on `device`; `dtype` casts only floats: ids and masks stay integers."""
         return Batch({name: value.to(device, dtype if value.is_floating_point() else None)
                       for name, value in self.items()})
-
 
 def as_waveform(audio, name: str) -> Tensor:
     """A float32 waveform (n,) of an array, tensor or list of samples at 16 kHz; integers are scaled by their range."""
@@ -287,7 +259,6 @@ def as_waveform(audio, name: str) -> Tensor:
     if not np.isfinite(samples).all():
         raise ValueError(f"{name}: audio holds NaN or infinite samples; finite ones are expected.")
     return torch.from_numpy(samples)
-
 
 class AudioFlamingo3Processor:
     def __init__(self, tokenizer: Tokenizer, max_audio_len: int = 600):
@@ -313,7 +284,7 @@ class AudioFlamingo3Processor:
         for key, value in constants.items():
             if (extractor or {}).get(key, value) != value:
                 raise ValueError(f"{file}: {key} is {extractor[key]}; this model's is {value}.")
-        return cls(Tokenizer(folder if (folder / "tokenizer.json").exists() else folder / "llm"),
+        return cls(Tokenizer(tokenizer_folder(folder)),
                    config.get("max_audio_len", 600))
 
     def __call__(self, text: str | list[str], audio=None, *, sampling_rate: int = SAMPLE_RATE, padding_side: str = "left",
@@ -454,10 +425,8 @@ class AudioFlamingo3Processor:
         text = self.tokenizer.decode(ids, skip_special_tokens)
         return strip_transcription_prefix(text) if strip_prefix else text
 
-
 def is_one_waveform(audio) -> bool:
     return isinstance(audio, (np.ndarray, Tensor)) or len(audio) == 0 or isinstance(audio[0], (int, float, np.number))
-
 
 def strip_transcription_prefix(text: str) -> str:
     """What was said, out of the sentence the model frames it in; any other text as it is."""
