@@ -1,7 +1,7 @@
 """Audio Flamingo 3, the network: token ids and log-mel windows in, logits or new token ids out.
 
-In the order a sound meets it: configuration, frame arithmetic, the Whisper-style encoder, the projector, the Qwen2
-decoder, then the whole model, whose `splice` puts each audio frame into its `<sound>` slot, and which decodes.
+In the order a sound meets it: configuration, frame arithmetic, Whisper-style encoder, projector, Qwen2 decoder, then the
+whole model, whose `splice` puts each audio frame into its `<sound>` slot, and which decodes token by token.
 Shapes: B rows, T tokens, W windows, F conv frames, K audio frames, H hidden, D of a head, V vocabulary.
 Module names are the checkpoint's keys, so `load_state_dict(strict=True)` is the whole mapping.
 """
@@ -45,18 +45,11 @@ class AudioFlamingo3Config:
 
 # ---- Frame arithmetic: the one place that says how many frames a sound becomes ----
 def frame_counts(mel_frames):
-    """(conv frames, audio frames) of a window with `mel_frames` real mel frames, an int or an integer tensor.
-
-    conv2 has stride 2 and padding 1; the pool halves once more and drops an odd last frame. 3000 -> (1500, 750).
-    """
-    conv_frames = (mel_frames - 1) // 2 + 1
-    return conv_frames, (conv_frames - 2) // 2 + 1
+    """(conv frames, audio frames) of a window with `mel_frames` real mel frames, an int or a tensor. 3000 -> (1500, 750)."""
+    conv_frames = (mel_frames - 1) // 2 + 1          # conv2: kernel 3, stride 2, padding 1
+    return conv_frames, (conv_frames - 2) // 2 + 1   # the pool: 2 to 1; an odd last conv frame is dropped
 
 # ---- Encoder: log-mel windows -> audio frames ----
-def split_heads(x: Tensor, head_dim: int) -> Tensor:
-    """(B, T, heads * D) -> (B, heads, T, D). The count is the projection's, so that a sharded layer is the same code."""
-    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
-
 class AudioFlamingo3Attention(nn.Module):
     def __init__(self, hidden: int, heads: int):
         super().__init__()
@@ -68,7 +61,8 @@ class AudioFlamingo3Attention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         q = self.q_proj(x) * self.head_dim ** -0.5  # before the product, not after: in bfloat16 the order shows
-        q, k, v = (split_heads(y, self.head_dim) for y in (q, self.k_proj(x), self.v_proj(x)))
+        # heads are counted off the projection, never off the configuration: a sharded layer is the same code
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in (q, self.k_proj(x), self.v_proj(x)))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
@@ -86,8 +80,6 @@ class AudioFlamingo3EncoderLayer(nn.Module):
         return x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
 
 class AudioFlamingo3Encoder(nn.Module):
-    """Whisper's encoder, then an average pool over time and a LayerNorm."""
-
     def __init__(self, config: AudioFlamingo3EncoderConfig):
         super().__init__()
         hidden = config.hidden_size
@@ -98,14 +90,14 @@ class AudioFlamingo3Encoder(nn.Module):
         self.layer_norm = nn.LayerNorm(hidden)
 
     def forward(self, input_features: Tensor, feature_attention_mask: Tensor) -> Tensor:
-        """Post-pool states (W, K of the longest window, H).
+        """Whisper's encoder, an average pool over time, a LayerNorm: states (W, K of the longest window, H).
 
-        input_features: (W, mel bins, mel frames), at most 30 s, cast to the encoder's own dtype.
+        input_features: (W, mel bins, mel frames), up to 30 s, cast to the encoder's own dtype.
         feature_attention_mask: (W, mel frames), 1 on frames of real samples, which come first.
         """
         mel_frames = feature_attention_mask.sum(-1)
         longest = int(mel_frames.max())
-        conv_frames, longest_conv_frames = frame_counts(mel_frames)[0], frame_counts(longest)[0]
+        (conv_frames, _), (longest_conv_frames, _) = frame_counts(mel_frames), frame_counts(longest)
         # a real conv frame reads at most two mel frames past the last real one; nothing further changes a number
         x = input_features[:, :, :longest + 2].to(self.conv1.weight.dtype)
         x = F.gelu(self.conv2(F.gelu(self.conv1(x)))).transpose(1, 2)[:, :longest_conv_frames]  # (W, F, H)
@@ -131,15 +123,12 @@ class AudioFlamingo3MultiModalProjector(nn.Module):
 
 # ---- Decoder: embeddings -> hidden states, with or without a key-value cache ----
 class KeyValueCache:
-    """Keys and values of every layer, allocated once for one call or one conversation.
-
-    All rows take the same slots; `visible` (B, slots) hides the gap that a row shorter than the others leaves there.
-    """
+    """Keys and values of every layer, allocated once for a call or a conversation; all rows take the same slots."""
 
     def __init__(self, config: Qwen2Config, rows: int, slots: int, like: Tensor):
-        self.keys_values = like.new_empty(
-            config.num_hidden_layers, 2, rows, config.num_key_value_heads, slots, config.head_dim)
-        self.visible = torch.zeros(rows, slots, dtype=torch.bool, device=like.device)
+        heads, layers = config.num_key_value_heads, config.num_hidden_layers
+        self.keys_values = like.new_empty(layers, 2, rows, heads, slots, config.head_dim)
+        self.visible = torch.zeros(rows, slots, dtype=torch.bool, device=like.device)  # not where a row was padded
         self.used = 0  # slots
 
     def take(self, real: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,7 +163,8 @@ class Qwen2Attention(nn.Module):
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, hidden, bias=False)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cached: Tensor | None) -> Tensor:
-        q, k, v = (split_heads(y, self.head_dim) for y in (self.q_proj(x), self.k_proj(x), self.v_proj(x)))
+        projected = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in projected)  # (B, heads, T, D)
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cached is not None:  # (2, B, heads, slots, D): the last T slots are these tokens'
             cached[0, :, :, -x.shape[1]:], cached[1, :, :, -x.shape[1]:] = k, v
@@ -275,8 +265,7 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, device_map="auto", dtype="auto") -> "AudioFlamingo3ForConditionalGeneration":
-        """The model of a checkpoint; see `load_weights.load_model`."""
-        from load_weights import load_model
+        from load_weights import load_model  # its docstring says what the arguments mean
         return load_model(path, device_map, dtype)
 
     device = property(lambda self: self.language_model.lm_head.weight.device)
@@ -292,14 +281,14 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
         frames = [states[window][:count] for window, count in enumerate(frame_counts(mel_frames)[1].tolist())]
         return self.multi_modal_projector(torch.cat(frames))
 
-    def splice(self, input_ids: Tensor, audio_frames: Tensor) -> Tensor:
+    def splice(self, input_ids: Tensor, audio_frames: Tensor | tuple[()]) -> Tensor:
         """Embeddings (B, T, H) in which each `<sound>` slot holds one audio frame, in order, in place."""
         slots = input_ids == self.config.audio_token_id
         if slots.sum() != len(audio_frames):
             raise ValueError(f"Audio tokens and features mismatch: tokens={slots.sum()}, frames={len(audio_frames)}. "
                              "Pass the processor's input_ids together with its input_features.")
         x = self.language_model.model.embed_tokens(input_ids)
-        return x.masked_scatter(slots[..., None], audio_frames.to(x.dtype))
+        return x.masked_scatter(slots[..., None], audio_frames.to(x.dtype)) if len(audio_frames) else x
 
     def prefill(self, input_ids: Tensor, attention_mask: Tensor | None, input_features: Tensor | None,
                 feature_attention_mask: Tensor | None, cache: KeyValueCache | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -314,9 +303,7 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
         real = steps < mask.sum(-1, keepdim=True)
         if not bool(real[:, 0].all()) or not torch.equal(mask.gather(1, source).bool(), real):
             raise ValueError("attention_mask: a row must be one unbroken run of ones, padded on the left or on the right.")
-        frames = self.language_model.lm_head.weight[:0]
-        if input_features is not None:
-            frames = self.get_audio_features(input_features, feature_attention_mask)
+        frames = () if input_features is None else self.get_audio_features(input_features, feature_attention_mask)
         x = self.splice(input_ids.gather(1, source), frames)
         return self.language_model.model(x, real, cache), real, source
 
@@ -328,10 +315,10 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, input_features: Tensor | None = None,
                 feature_attention_mask: Tensor | None = None, labels: Tensor | None = None) -> SimpleNamespace:
-        """`.logits` (B, T, V), and `.loss`: with labels (B, T), the mean cross-entropy of each next token whose label is not -100.
+        """`.logits` (B, T, V); with labels (B, T) `.loss`, the mean cross-entropy of the next tokens not labelled -100.
 
-        input_ids, attention_mask: (B, T), padded left or right. input_features (W, mel bins, mel frames) and
-        feature_attention_mask (W, mel frames): the windows of all rows, in order. Padding predicts nothing.
+        input_ids, attention_mask: (B, T), padded left or right; padding predicts nothing. input_features (W, mel bins,
+        mel frames), feature_attention_mask (W, mel frames): the windows of all rows, in order.
         """
         x, real, source = self.prefill(input_ids, attention_mask, input_features, feature_attention_mask)
         logits = self.language_model.lm_head(torch.zeros_like(x).scatter(1, source[..., None].expand_as(x), x))

@@ -224,9 +224,12 @@ class Tokenizer:
             ids, text = ids + [piece], ""
         return ids[:-1]
 
+    def token_bytes(self, ids, skip_special_tokens: bool = False) -> bytes:
+        """UTF-8 of ids, possibly cut within a character; only the added tokens marked special are ever skipped."""
+        return b"".join(self.bytes_of[id] for id in map(int, ids) if not (skip_special_tokens and id in self.special))
+
     def decode(self, ids, skip_special_tokens: bool = False) -> str:
-        kept = (id for id in map(int, ids) if not (skip_special_tokens and id in self.special))
-        return b"".join(self.bytes_of[id] for id in kept).decode("utf-8", errors="replace")
+        return self.token_bytes(ids, skip_special_tokens).decode("utf-8", errors="replace")
 
 def byte_alphabet() -> dict[str, int]:
     """The printable character that stands for each byte in a tokenizer.json, as GPT-2 has it, to the byte."""
