@@ -83,7 +83,7 @@ def template_goldens(processor) -> list[dict]:
              [{"role": "user", "content": [text("Describe."), audio]}],
              [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [audio, text("One "), text("two")]}],
              [{"role": "user", "content": [text("What is it?"), audio]}, {"role": "assistant", "content": "rain"},
-              {"role": "user", "content": [audio, text("And this?")]}, {"role": "assistant", "content": None}]]
+              {"role": "user", "content": [audio, text("And this?")]}, {"role": "assistant", "content": "wind"}]]
     return [{"chat": chat, "prompt": prompt, "text": processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)}
             for chat in chats for prompt in (True, False)]
 
