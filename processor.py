@@ -11,6 +11,7 @@ import subprocess
 import unicodedata
 import warnings
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,56 +35,51 @@ MIN_SAMPLES = 2 * HOP + 1                     # 3 mel frames, 2 conv frames, 1 a
 
 # ---- A file -> a mono waveform at 16 kHz ----
 FFMPEG_FORMATS = "mp3,flac,ogg,mov,matroska,avi,mpegts,aac,aiff,wav,w64"
-SAMPLE_TYPES = {(1, 8): "u1", (1, 16): "<i2", (1, 24): "3u1", (1, 32): "<i4", (3, 32): "<f4", (3, 64): "<f8"}
-RATES = range(1000, 768001)                   # Hz
+SAMPLE_TYPES = {(1, 8): "u1", (1, 16): "<i2", (1, 24): "3u1", (1, 32): "<i4", (3, 32): "<f4", (3, 64): "<f8"}  # code, bits
 
 def load_audio(path: str | Path, sampling_rate: int = SAMPLE_RATE) -> np.ndarray:
     """A mono float32 waveform (n,) in [-1, 1] at `sampling_rate`, channels averaged.
 
-    WAV is read here; every other container goes through the `ffmpeg` program, which decodes and nothing more.
-    Raises FileNotFoundError or ValueError, either naming the file; a cut-off WAV is read as far as it goes, with a warning.
+    WAV is read here, and as far as it goes if it is cut off, with a warning; every other container, and every rarer kind
+    of WAV, goes through the `ffmpeg` program. Raises FileNotFoundError or ValueError, naming the file.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file.")
     if not path.is_file():
-        raise ValueError(f"{path}: not a file of sound but a {'directory' if path.is_dir() else 'special file'}.")
-    content = path.read_bytes()
-    wav = read_wav(content, path)
-    rate, samples = wav or read_wav(decode_with_ffmpeg(path), path, streamed=True)
+        raise ValueError(f"{path}: a {'directory' if path.is_dir() else 'special file'}; a sound file is expected.")
+    with open(path, "rb") as file:
+        content = file.read(12)
+        found = read_wav(content + file.read(), path) if content[:4] == b"RIFF" else None
+    rate, samples = found or read_wav(decode_with_ffmpeg(path), path) or (0, [])
     if not len(samples):
-        raise ValueError(f"{path}: holds no samples.")
+        raise ValueError(f"{path}: no samples inside.")
     return resample(torch.from_numpy(samples.mean(axis=1, dtype=np.float32)), rate, sampling_rate).numpy()
 
-def read_wav(content: bytes, path: Path, streamed: bool = False) -> tuple[int, np.ndarray] | None:
-    """(rate in Hz, float32 samples (n, channels)) of a WAV file's bytes; None where the flavour is ffmpeg's business."""
-    if content[:4] != b"RIFF" or content[8:12] != b"WAVE":
-        return None
+def read_wav(content: bytes, path: Path) -> tuple[int, np.ndarray] | None:
+    """(rate in Hz, float32 samples (n, channels)) of a WAV file's bytes; None if it is of a kind for ffmpeg to read."""
     chunks, at = {}, 12
     while at + 8 <= len(content) and b"data" not in chunks:
         name, size = struct.unpack_from("<4sI", content, at)
         chunks.setdefault(name, (at + 8, size))
         at += 8 + size + size % 2  # chunks are padded to even sizes
-    if b"fmt " not in chunks or len(content) < chunks[b"fmt "][0] + 16:
-        raise ValueError(f"{path}: a WAV file without a format chunk.")
-    if b"data" not in chunks:
-        raise ValueError(f"{path}: a WAV file without a data chunk.")
-    at, size = chunks[b"fmt "]
-    code, channels, rate, _, block, bits = struct.unpack_from("<HHIIHH", content, at)
-    if code == 0xFFFE and size >= 40 and len(content) >= at + 26:  # WAVE_FORMAT_EXTENSIBLE: the code proper comes later
-        code, = struct.unpack_from("<H", content, at + 24)
-    if (code, bits) not in SAMPLE_TYPES:
+    at, size = chunks.get(b"fmt ", (0, 0))
+    if size < 16 or b"data" not in chunks:
         return None
-    if channels == 0 or rate not in RATES or block != channels * bits // 8:
-        raise ValueError(f"{path}: a WAV header with {channels} channels of {bits} bits at {rate} Hz, {block} bytes a frame.")
+    code, channels, rate, _, block, bits = struct.unpack_from("<HHIIHH", content, at)
+    if code == 0xFFFE and size >= 40:  # WAVE_FORMAT_EXTENSIBLE: the code proper comes later
+        code, = struct.unpack_from("<H", content, at + 24)
+    known = (code, bits) in SAMPLE_TYPES and block == channels * bits // 8
+    if not known or channels == 0 or not 1000 <= rate <= 768000:
+        return None
     at, size = chunks[b"data"]
-    if at + size > len(content) and not streamed and size < 0xFFFFFF00:  # a writer that could not seek says 4 GB
-        warnings.warn(f"{path}: cut off, {(len(content) - at) / block / rate:.1f} s of {size / block / rate:.1f} s are there.")
-    frames = min(size, len(content) - at) // block
-    raw = np.frombuffer(content, SAMPLE_TYPES[code, bits], frames * channels, at)
+    there = min(size, len(content) - at)
+    if there < size < 0xFFFFFF00:  # a writer that cannot seek, ffmpeg into a pipe for one, leaves 4 GB standing there
+        warnings.warn(f"{path}: cut off, {there / block / rate:.1f} s of {size / block / rate:.1f} s are there.")
+    raw = np.frombuffer(content, SAMPLE_TYPES[code, bits], there // block * channels, at)
     if bits == 24:
-        raw = np.pad(raw, ((0, 0), (1, 0))).view("<i4")[:, 0]  # a zero byte below: 24 bits at the top of 32
-    return rate, to_float(raw).reshape(frames, channels)
+        raw = np.pad(raw, ((0, 0), (1, 0))).view("<i4")  # a zero byte below: 24 bits at the top of 32
+    return rate, to_float(raw).reshape(-1, channels)
 
 def to_float(samples: np.ndarray) -> np.ndarray:
     """float32 samples; integers are scaled by their type's range to [-1, 1)."""
@@ -100,9 +96,11 @@ def decode_with_ffmpeg(path: Path) -> bytes:
         result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: not a plain WAV file, and ffmpeg, which reads the others, is not installed.") from None
-    if len(result.stdout) < 44:
-        reason = (result.stderr.decode(errors="replace").strip().splitlines() or ["no audio inside"])[-1]
+    reason = (result.stderr.decode(errors="replace").strip().splitlines() or ["no audio inside"])[-1]
+    if len(result.stdout) < 44:  # not even a header
         raise ValueError(f"{path}: no audio that ffmpeg can read ({reason}).")
+    if result.returncode:
+        warnings.warn(f"{path}: read as far as it goes ({reason}).")
     return result.stdout
 
 ZERO_CROSSINGS = 20       # of the sinc, on each side
@@ -215,14 +213,10 @@ class Tokenizer:
 
     def encode_template(self, pieces: list[str | int]) -> list[int]:
         """Ids of plain text and ready ids in turn; neighbouring texts are encoded in one piece."""
-        ids, text = [], ""
-        for piece in [*pieces, None]:
-            if isinstance(piece, str):
-                text += piece
-                continue
-            ids += self.encode(text) if text else []
-            ids, text = ids + [piece], ""
-        return ids[:-1]
+        ids = []
+        for is_text, run in groupby(pieces, key=lambda piece: isinstance(piece, str)):
+            ids += self.encode("".join(run)) if is_text else run
+        return ids
 
     def token_bytes(self, ids, skip_special_tokens: bool = False) -> bytes:
         """UTF-8 of ids, possibly cut within a character; only the added tokens marked special are ever skipped."""
@@ -239,12 +233,9 @@ def byte_alphabet() -> dict[str, int]:
 
 # ---- Sound and words -> the model's tensors ----
 class Batch(dict):
-    """The model's inputs by name."""
-
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Batch":
-        """The same on `device`; `dtype` casts only floats: ids and masks stay integers."""
-        return Batch({name: value.to(device, dtype if value.is_floating_point() else None)
-                      for name, value in self.items()})
+        """The model's inputs on `device`; `dtype` casts only floats: ids and masks stay integers."""
+        return Batch({name: x.to(device, dtype if x.is_floating_point() else None) for name, x in self.items()})
 
 def as_waveform(audio, name: str) -> Tensor:
     """A float32 waveform (n,) of an array, tensor or list of samples at 16 kHz; integers are scaled by their range."""
@@ -276,19 +267,16 @@ class AudioFlamingo3Processor:
     def from_pretrained(cls, path: str | Path) -> "AudioFlamingo3Processor":
         """From a checkpoint directory in either layout, or its hub name. A file that contradicts a constant is refused."""
         folder = find_checkpoint(path)
-        config, file = {}, folder / "processor_config.json"
-        if file.exists():
-            config = read_json(file)
+        file, flat = folder / "processor_config.json", folder / "preprocessor_config.json"
+        config = read_json(file) if file.exists() else {}
         extractor = config.get("feature_extractor")
-        if extractor is None and (folder / "preprocessor_config.json").exists():
-            extractor = read_json(file := folder / "preprocessor_config.json")
-        constants = {"sampling_rate": SAMPLE_RATE, "chunk_length": WINDOW_SECONDS, "feature_size": N_MELS,
-                     "n_fft": N_FFT, "hop_length": HOP}
-        for key, value in constants.items():
-            if (extractor or {}).get(key, value) != value:
+        if extractor is None:
+            file, extractor = flat, read_json(flat) if flat.exists() else {}
+        for key, value in (("sampling_rate", SAMPLE_RATE), ("chunk_length", WINDOW_SECONDS), ("feature_size", N_MELS),
+                           ("n_fft", N_FFT), ("hop_length", HOP)):
+            if extractor.get(key, value) != value:
                 raise ValueError(f"{file}: {key} is {extractor[key]}; this model's is {value}.")
-        return cls(Tokenizer(tokenizer_folder(folder)),
-                   config.get("max_audio_len", 600))
+        return cls(Tokenizer(tokenizer_folder(folder)), config.get("max_audio_len", 600))
 
     def __call__(self, text: str | list[str], audio=None, *, sampling_rate: int = SAMPLE_RATE, padding_side: str = "left",
                  tensor_type: str = "pt", output_labels: bool = False) -> Batch:
@@ -394,9 +382,10 @@ class AudioFlamingo3Processor:
             if content is None:
                 continue
             parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            is_audio = [part.get("type") == "audio" or "audio" in part for part in parts]
-            heard = [part for part, audio in zip(parts, is_audio) if audio]
-            texts = [part["text"] for part, audio in zip(parts, is_audio) if not audio]
+            heard = [part for part in parts if part.get("type") == "audio" or "audio" in part]
+            texts = [part["text"] for part in parts if part.get("type") == "text" or "text" in part]
+            if len(heard) + len(texts) != len(parts):
+                raise ValueError(f"A {message['role']} message has a part that is neither text nor audio.")
             pieces += self._turn(message["role"], [self.audio_token_id] * len(heard) + texts)
             sounds += heard
         return pieces + ([self.start, "assistant\n"] if add_generation_prompt else []), sounds
@@ -418,13 +407,13 @@ class AudioFlamingo3Processor:
                 "type": "text", "text": self.default_transcription_prompt if text is None else text}]}]
             for sound, text in zip(audios, prompts)], add_generation_prompt=True, **options)
 
-    def batch_decode(self, ids, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = False,
-                     strip_prefix: bool = False) -> list[str]:
-        """The texts of rows of ids. Byte-level text has no tokenization spaces to clean up."""
-        return [self.decode(row, skip_special_tokens, clean_up_tokenization_spaces, strip_prefix) for row in ids]
+    def batch_decode(self, ids, *options, **named_options) -> list[str]:
+        """The text of each row of ids; see `decode`."""
+        return [self.decode(row, *options, **named_options) for row in ids]
 
     def decode(self, ids, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = False,
                strip_prefix: bool = False) -> str:
+        """The text of ids (T,). Byte-level text holds no tokenization spaces to clean up."""
         text = self.tokenizer.decode(ids, skip_special_tokens)
         return strip_transcription_prefix(text) if strip_prefix else text
 

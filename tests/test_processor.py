@@ -68,15 +68,13 @@ def test_a_cut_off_wav_is_read_as_far_as_it_goes_with_a_warning(tmp_path):
         assert len(load_audio(tmp_path / "cut.wav")) == 7999
 
 
-@pytest.mark.parametrize("name, content, reason", [
-    ("lies.wav", wav_bytes(np.zeros((9, 1), "<i2"), rate=0), "a WAV header with 1 channels of 16 bits at 0 Hz"),
-    ("nothing.wav", wav_bytes(np.zeros((0, 1), "<i2")), "holds no samples"),
-    ("short.wav", b"RIFF\x04\0\0\0WAVE", "without a format chunk"),
-    ("nodata.wav", wav_bytes(np.zeros((9, 1), "<i2"))[:50], "without a data chunk")])
-def test_a_wav_whose_header_lies_is_refused_by_name(tmp_path, name, content, reason):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"{name}: .*{reason}"):
-        load_audio(tmp_path / name)
+@pytest.mark.parametrize("content", [
+    wav_bytes(np.zeros((9, 1), "<i2"), rate=0), wav_bytes(np.zeros((0, 1), "<i2")), b"RIFF\x04\0\0\0WAVE", b"RIFF", b"",
+    wav_bytes(np.zeros((9, 1), "<i2"))[:50], wav_bytes(np.zeros((9, 0), "<i2")), wav_bytes(np.zeros((9, 1), "<i2"), rate=1000000)])
+def test_a_wav_whose_header_lies_or_that_holds_nothing_is_refused_by_name(tmp_path, content):
+    (tmp_path / "lies.wav").write_bytes(content)
+    with pytest.raises(ValueError, match=r"lies\.wav: (no samples inside|no audio that ffmpeg can read|not a plain WAV)"):
+        load_audio(tmp_path / "lies.wav")
 
 
 def test_a_missing_file_and_a_directory_are_refused_by_name(tmp_path):
