@@ -10,9 +10,8 @@ from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 # ---- Configuration: the fields of config.json, with the defaults of transformers, the oracle ----
 @dataclass
@@ -95,21 +94,17 @@ class AudioFlamingo3Encoder(nn.Module):
         input_features: (W, mel bins, mel frames), up to 30 s, cast to the encoder's own dtype.
         feature_attention_mask: (W, mel frames), 1 on frames of real samples, which come first.
         """
-        mel_frames = feature_attention_mask.sum(-1)
-        longest = int(mel_frames.max())
-        (conv_frames, _), (longest_conv_frames, _) = frame_counts(mel_frames), frame_counts(longest)
-        # a real conv frame reads at most two mel frames past the last real one; nothing further changes a number
-        x = input_features[:, :, :longest + 2].to(self.conv1.weight.dtype)
-        x = F.gelu(self.conv2(F.gelu(self.conv1(x)))).transpose(1, 2)[:, :longest_conv_frames]  # (W, F, H)
-        x = x + self.embed_positions.weight[:longest_conv_frames]
-        padded = torch.arange(longest_conv_frames, device=x.device) >= conv_frames[:, None]
-        mask = None
-        if bool(padded.any()):
-            mask = x.new_zeros(padded.shape).masked_fill(padded, float("-inf"))[:, None, None]  # (W, 1, 1, F)
+        conv_frames = frame_counts(feature_attention_mask.sum(-1))[0]  # (W,): the real ones
+        longest = int(conv_frames.max())
+        # the last real conv frame reads mel frames up to 2 * longest; nothing further changes a number
+        x = input_features[:, :, :2 * longest + 1].to(self.conv1.weight.dtype)
+        x = F.gelu(self.conv2(F.gelu(self.conv1(x)))).transpose(1, 2)[:, :longest]  # (W, F, H)
+        x = x + self.embed_positions.weight[:longest]
+        real = torch.arange(longest, device=x.device) < conv_frames[:, None]
+        mask = None if bool(real.all()) else real[:, None, None]  # (W, 1, 1, F)
         for layer in self.layers:
             x = layer(x, mask)
-        # an odd last conv frame was a key to all the others, and is pooled with none
-        x = x[:, :longest_conv_frames // 2 * 2].unflatten(1, (-1, 2)).mean(2)  # (W, K, H)
+        x = x[:, :longest // 2 * 2].unflatten(1, (-1, 2)).mean(2)  # (W, K, H); an odd last conv frame was only a key
         return self.layer_norm(x)
 
 class AudioFlamingo3MultiModalProjector(nn.Module):
@@ -126,16 +121,9 @@ class KeyValueCache:
     """Keys and values of every layer, allocated once for a call or a conversation; all rows take the same slots."""
 
     def __init__(self, config: Qwen2Config, rows: int, slots: int, like: Tensor):
-        heads, layers = config.num_key_value_heads, config.num_hidden_layers
-        self.keys_values = like.new_empty(layers, 2, rows, heads, slots, config.head_dim)
+        self.keys_values = like.new_empty(config.num_hidden_layers, 2, rows, config.num_key_value_heads, slots, config.head_dim)
         self.visible = torch.zeros(rows, slots, dtype=torch.bool, device=like.device)  # not where a row was padded
         self.used = 0  # slots
-
-    def take(self, real: Tensor) -> tuple[Tensor, Tensor]:
-        """All used slots, (layers, 2, B, heads, slots, D) and (B, slots), the last T of them new, for `real` (B, T)."""
-        past, self.used = self.used, self.used + real.shape[1]
-        self.visible[:, past:self.used] = real
-        return self.keys_values[..., :self.used, :], self.visible[:, :self.used]
 
 def rotary_tables(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin (B, 1, T, D) of positions (B, T); the angles are float32, the tables rounded to `dtype`."""
@@ -170,7 +158,7 @@ class Qwen2Attention(nn.Module):
             cached[0, :, :, -x.shape[1]:], cached[1, :, :, -x.shape[1]:] = k, v
             k, v = cached
         if q.shape[2] == 1:  # decode: the query heads that share a key-value head become its T, and nothing is repeated
-            q = q.view(len(q), k.shape[1], -1, self.head_dim)
+            q = q.view(len(q), k.shape[1], -1, self.head_dim)  # (B, key-value heads, query heads of each, D)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).flatten(1)[:, None]
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
@@ -195,8 +183,8 @@ class Qwen2DecoderLayer(nn.Module):
         self.input_layernorm = Qwen2RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = Qwen2RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, *context) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), *context)
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cached: Tensor | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cached)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 class Qwen2Model(nn.Module):
@@ -209,9 +197,13 @@ class Qwen2Model(nn.Module):
 
     def forward(self, x: Tensor, real: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Hidden states (B, T, H) of embeddings x (B, T, H), padded on the right where `real` (B, T) is False."""
-        cached, visible = ([None] * len(self.layers), real) if cache is None else cache.take(real)
-        tokens, slots = x.shape[1], torch.arange(visible.shape[1], device=x.device)
-        mask = None  # causality alone hides the padding on the right; a past with gaps, or new tokens after one, needs more
+        tokens, cached, visible = x.shape[1], [None] * len(self.layers), real
+        if cache is not None:  # these tokens take the next free slots; each layer writes its keys and values there
+            cache.visible[:, cache.used:cache.used + tokens] = real
+            cache.used += tokens
+            cached, visible = cache.keys_values[..., :cache.used, :], cache.visible[:, :cache.used]
+        slots = torch.arange(visible.shape[1], device=x.device)
+        mask = None  # without a past causality suffices, as padding is on the right; one token after a past sees it all
         if len(slots) > tokens and not (tokens == 1 and bool(visible.all())):
             mask = (visible[:, None] & (slots <= slots[-tokens:, None]))[:, None]  # (B, 1, T, slots)
         positions = visible.cumsum(-1)[:, -tokens:] - 1
@@ -275,7 +267,7 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
         """Projected audio frames (sum of K, text H): the real ones of all windows, in order."""
         mel_frames = feature_attention_mask.sum(-1)
         seconds, states = mel_frames // 100, {}
-        for length in seconds.unique():  # no window pays for a longer one, and no eight for a ninth
+        for length in seconds.unique():  # windows as long to the second are encoded together, at most 8 for the memory's sake
             for group in (seconds == length).nonzero()[:, 0].split(8):
                 states |= zip(group.tolist(), self.audio_tower(input_features[group], feature_attention_mask[group]))
         frames = [states[window][:count] for window, count in enumerate(frame_counts(mel_frames)[1].tolist())]
@@ -292,17 +284,16 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
 
     def prefill(self, input_ids: Tensor, attention_mask: Tensor | None, input_features: Tensor | None,
                 feature_attention_mask: Tensor | None, cache: KeyValueCache | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states (B, T, H) of right-padded rows, where they are `real` (B, T), and where each came from (B, T).
+        """Right-padded hidden states (B, T, H), where they are `real` (B, T), and which position each came from (B, T).
 
-        A left-padded query has no key to attend to, and the softmax of nothing is NaN; so each row is rolled until its
-        padding stands on the right, where causal attention never looks. The cache may hold a conversation's past.
+        A left-padded query has no key to attend to, and the softmax of nothing is NaN; so each row's padding is moved
+        to its right, where causal attention never looks. The cache may already hold a conversation's past.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        steps = torch.arange(input_ids.shape[1], device=input_ids.device)
-        source = (steps + mask.argmax(-1, keepdim=True)) % len(steps)
-        real = steps < mask.sum(-1, keepdim=True)
-        if not bool(real[:, 0].all()) or not torch.equal(mask.gather(1, source).bool(), real):
-            raise ValueError("attention_mask: a row must be one unbroken run of ones, padded on the left or on the right.")
+        source = mask.argsort(descending=True, stable=True)
+        real = mask.gather(1, source).bool()
+        if not bool(real[:, 0].all()):
+            raise ValueError("attention_mask: every row must hold a one.")
         frames = () if input_features is None else self.get_audio_features(input_features, feature_attention_mask)
         x = self.splice(input_ids.gather(1, source), frames)
         return self.language_model.model(x, real, cache), real, source
@@ -322,11 +313,11 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
         """
         x, real, source = self.prefill(input_ids, attention_mask, input_features, feature_attention_mask)
         logits = self.language_model.lm_head(torch.zeros_like(x).scatter(1, source[..., None].expand_as(x), x))
-        if labels is None:
-            return SimpleNamespace(logits=logits, loss=None)
-        predicts = torch.zeros_like(real).scatter(1, source, real)[:, :-1]
-        targets = labels[:, 1:].masked_fill(~predicts, -100).flatten()
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=-100)
+        loss = None
+        if labels is not None:
+            predicts = torch.zeros_like(real).scatter(1, source, real)[:, :-1]
+            targets = labels[:, 1:].masked_fill(~predicts, -100)
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
         return SimpleNamespace(logits=logits, loss=loss)
 
     @torch.inference_mode()
@@ -338,10 +329,9 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
         if tokens + options.max_new_tokens > limit:
             raise ValueError(f"The prompt's {tokens} tokens and max_new_tokens={options.max_new_tokens} are more than the "
                              f"model's {limit} positions; shorten the audio or lower max_new_tokens.")
-        head = self.language_model.lm_head
-        cache = KeyValueCache(self.config.text_config, rows, tokens + options.max_new_tokens, head.weight)
+        cache = KeyValueCache(self.config.text_config, rows, tokens + options.max_new_tokens, self.language_model.lm_head.weight)
         x, real, source = self.prefill(input_ids, attention_mask, input_features, feature_attention_mask, cache)
-        logits = head(x[torch.arange(rows, device=x.device), real.sum(-1) - 1])  # (B, V)
+        logits = self.language_model.lm_head(x[torch.arange(rows, device=x.device), real.sum(-1) - 1])  # (B, V)
         seen = torch.zeros_like(logits, dtype=torch.long).scatter_add(1, input_ids.gather(1, source), real.long()) > 0
         ends = torch.tensor(options.eos_token_id, dtype=torch.long, device=x.device)
         finished = torch.zeros(rows, dtype=torch.bool, device=x.device)
@@ -355,7 +345,6 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
             if bool(finished.all()):
                 return
 
-    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **features_and_options) -> Tensor:
-        """(B, T + new) ids: the prompt as given, then what the model says; see `stream`."""
-        new = list(self.stream(input_ids, attention_mask, **features_and_options))
-        return torch.cat([input_ids, torch.stack(new, dim=1)], dim=1)
+    def generate(self, input_ids: Tensor, *features, **options) -> Tensor:
+        """(B, T + new) ids: the prompt as given, then the new ones; arguments and errors are those of `stream`."""
+        return torch.cat([input_ids, torch.stack(list(self.stream(input_ids, *features, **options)), dim=1)], dim=1)

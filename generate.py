@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from af3 import AudioFlamingo3ForConditionalGeneration
-from processor import SAMPLE_RATE, AudioFlamingo3Processor, load_audio
+from processor import AudioFlamingo3Processor
 
 TINY = Path(__file__).resolve().parent / "tiny"
 
@@ -41,7 +41,6 @@ def parse_arguments() -> argparse.Namespace:
 def announce(model: AudioFlamingo3ForConditionalGeneration, heard: str, windows: int) -> None:
     """When the encoder begins, says what it hears; on several windows in a terminal, also which it is at."""
     begun = 0
-
     def before_encoding(_, inputs: tuple) -> None:
         nonlocal begun
         if begun == 0:
@@ -55,13 +54,12 @@ def answer(args: argparse.Namespace) -> None:
     """Prints the answer as it comes; unless --quiet, one line of what was heard and one of what was done."""
     if (args.prompt or "").startswith("<|im_start|>"):
         raise ValueError("The prompt starts with <|im_start|>; ask in plain words.")
-    waveform = load_audio(args.audio)
     processor = AudioFlamingo3Processor.from_pretrained(args.model)
-    inputs = processor(processor.default_transcription_prompt if args.prompt is None else args.prompt, waveform)
+    inputs = processor(processor.default_transcription_prompt if args.prompt is None else args.prompt, args.audio)
     model = AudioFlamingo3ForConditionalGeneration.from_pretrained(args.model, args.device, args.dtype)
     if not args.quiet:
         windows, frames = len(inputs["input_features"]), int((inputs["input_ids"] == processor.audio_token_id).sum())
-        seconds = min(len(waveform) / SAMPLE_RATE, processor.max_audio_len)
+        seconds = int(inputs["feature_attention_mask"].sum()) / 100
         announce(model, f"heard {seconds:.1f} s: {windows} window{'s' * (windows > 1)}, {frames} audio frames", windows)
     if args.seed is not None:
         torch.manual_seed(args.seed)
@@ -72,8 +70,7 @@ def answer(args: argparse.Namespace) -> None:
                                 temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
                                 repetition_penalty=args.repetition_penalty):
             times.append(time.perf_counter() - start)
-            said = processor.tokenizer.token_bytes(ids, skip_special_tokens=True)
-            print(characters.decode(said), end="", flush=True)
+            print(characters.decode(processor.tokenizer.token_bytes(ids, skip_special_tokens=True)), end="", flush=True)
     finally:
         if times:
             print(characters.decode(b"", final=True), flush=True)

@@ -9,29 +9,27 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from af3 import (AudioFlamingo3Config, AudioFlamingo3EncoderConfig, AudioFlamingo3ForConditionalGeneration,
                  GenerationConfig, Qwen2Config)
 
-MODEL_TYPES = {"audioflamingo3", "llava_llama"}  # of the hub's and the original's config.json
 # what the network takes for granted: a config.json that says otherwise is refused by field
 FIXED = {"activation_function": "gelu", "hidden_act": "silu", "projector_hidden_act": "gelu", "projector_bias": True,
-         "scale_embedding": False, "use_sliding_window": False, "tie_word_embeddings": False, "rope_type": "default"}
+         "scale_embedding": False, "use_sliding_window": False, "tie_word_embeddings": False, "rope_type": "default",
+         "rope_scaling": None}
 OLDER_KEYS = {"d_model": "hidden_size", "encoder_layers": "num_hidden_layers", "encoder_ffn_dim": "intermediate_size",
               "encoder_attention_heads": "num_attention_heads"}
 # the original layout: folder -> prefix of its tensors in the model
 PARTS = {"llm": "language_model.", "sound_tower": "audio_tower.", "sound_mm_projector": "multi_modal_projector."}
-OLDER_NAMES = {"multi_modal_projector.layers.0.": "multi_modal_projector.linear_1.",
-               "multi_modal_projector.layers.2.": "multi_modal_projector.linear_2."}
+OLDER_NAMES = {"multi_modal_projector.layers.0": "multi_modal_projector.linear_1",
+               "multi_modal_projector.layers.2": "multi_modal_projector.linear_2"}
 
 # ---- Where a checkpoint lies ----
 def find_checkpoint(name: str | Path) -> Path:
-    """The directory `name`, or what the local hub cache holds of the model with that name on the hub.
-
-    Nothing is downloaded: FileNotFoundError gives the command that would.
-    """
+    """The directory `name`, or the local hub cache's snapshot of the hub model `name`. Nothing is downloaded."""
     if Path(name).is_dir():
         return Path(name)
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
@@ -67,6 +65,17 @@ def read_token_ids(folder: Path) -> dict[str, int]:
     tokenizer = read_json(folder / "tokenizer.json")
     return tokenizer["model"]["vocab"] | {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
 
+def named_ids(folder: Path, ids: dict[str, int]) -> dict[str, int]:
+    """The ids of the tokens that tokenizer_config.json names: pad_token_id, then eos_token_id. Refuses one not in `ids`."""
+    path, named = folder / "tokenizer_config.json", {}
+    for key in ("pad_token", "eos_token"):
+        token = read_json(path).get(key)
+        token = token["content"] if isinstance(token, dict) else token
+        if token not in ids or "<sound>" not in ids:
+            raise ValueError(f"{path}: {key} is {token!r}; tokenizer.json beside it must add that and <sound>.")
+        named[f"{key}_id"] = ids[token]
+    return named
+
 def known_fields(cls: type, section: dict) -> dict:
     return {f.name: section[f.name] for f in fields(cls) if section.get(f.name) is not None}
 
@@ -88,29 +97,26 @@ def read_config(folder: Path, ids: dict[str, int]) -> AudioFlamingo3Config:
     """The model's configuration, in either layout, checked against `ids`, the tokenizer's."""
     path = folder / "config.json"
     config = read_json(path)
-    if config.get("model_type") not in MODEL_TYPES:
+    if config.get("model_type") not in ("audioflamingo3", "llava_llama"):  # hub, original
         raise ValueError(f"{path}: model_type is {config.get('model_type')!r}; an audioflamingo3 checkpoint is expected.")
-    sections = {"audio_config": config.get("audio_config") or {}, "text_config": config.get("text_config") or {}}
+    sections = {name: config | (config.get(name) or {}) for name in ("audio_config", "text_config")}
     paths = dict.fromkeys(sections, path)
     if is_original(folder):
         paths = {"audio_config": folder / "sound_tower" / "config.json", "text_config": folder / "llm" / "config.json"}
         sections = {name: read_json(file) for name, file in paths.items()}
     audio = read_section(AudioFlamingo3EncoderConfig, sections["audio_config"], paths["audio_config"])
     text = read_section(Qwen2Config, sections["text_config"], paths["text_config"])
-    sound = config.get("audio_token_id", ids["<sound>"])
-    if (text.vocab_size, sound) != (len(ids), ids["<sound>"]):
+    sound = config.get("audio_token_id", ids.get("<sound>"))
+    if (text.vocab_size, sound) != (len(ids), ids.get("<sound>")):
         raise ValueError(f"{paths['text_config']}: vocab_size is {text.vocab_size} and <sound> is {sound}; "
-                         f"tokenizer.json beside it has {len(ids)} tokens, of which <sound> is {ids['<sound>']}.")
+                         f"tokenizer.json beside it has {len(ids)} tokens, of which <sound> is {ids.get('<sound>')}.")
     return AudioFlamingo3Config(audio, text, sound)
 
 def read_generation_config(folder: Path, ids: dict[str, int]) -> GenerationConfig:
     """generation_config.json's fields; end and padding ids it does not give are the tokenizer's."""
-    folder = tokenizer_folder(folder)
-    path = folder / "generation_config.json"
+    path = tokenizer_folder(folder) / "generation_config.json"
     given = known_fields(GenerationConfig, read_json(path)) if path.exists() else {}
-    names = read_json(folder / "tokenizer_config.json")
-    own = {"eos_token_id": ids.get(names.get("eos_token")), "pad_token_id": ids.get(names.get("pad_token"))}
-    return GenerationConfig(**{key: value for key, value in own.items() if value is not None} | given)
+    return GenerationConfig(**named_ids(path.parent, ids) | given)
 
 # ---- What its tensors are ----
 def shard_paths(folder: Path) -> list[Path]:
@@ -125,27 +131,14 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     tensors = {}
     for part, prefix in (PARTS if is_original(folder) else {"": ""}).items():
         for path in shard_paths(folder / part):
-            if not path.is_file():
-                raise FileNotFoundError(f"{path}: no such file; a part of the checkpoint is missing.")
             try:
-                with safe_open(path, framework="pt") as file:
-                    found = {prefix + name: file.get_tensor(name) for name in file.keys()}
+                found = load_file(path)
             except SafetensorError as error:
                 raise ValueError(f"{path}: not a whole safetensors file ({error}).") from None
             for name, tensor in found.items():
-                older = next((start for start in OLDER_NAMES if name.startswith(start)), "")
-                tensors[OLDER_NAMES.get(older, "") + name.removeprefix(older)] = tensor
+                module, _, kind = (prefix + name).rpartition(".")
+                tensors[f"{OLDER_NAMES.get(module, module)}.{kind}"] = tensor
     return tensors
-
-def check_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor], folder: Path) -> None:
-    """Raises a ValueError that names every missing, unexpected or misshapen tensor."""
-    faults = [f"missing {name}" for name in expected if name not in tensors]
-    faults += [f"unexpected {name}" for name in tensors if name not in expected]
-    faults += [f"{name} has shape {list(tensors[name].shape)} where config.json asks for {list(wanted.shape)}"
-               for name, wanted in expected.items() if name in tensors and tensors[name].shape != wanted.shape]
-    faults += [f"{name} is {tensor.dtype}, not floating point" for name, tensor in tensors.items() if not tensor.is_floating_point()]
-    if faults:
-        raise ValueError(f"{folder}: the tensors do not fit the model: {'; '.join(faults)}.")
 
 def load_model(path: str | Path, device_map: str | torch.device = "auto",
                dtype: torch.dtype | str = "auto") -> AudioFlamingo3ForConditionalGeneration:
@@ -155,20 +148,17 @@ def load_model(path: str | Path, device_map: str | torch.device = "auto",
     name. Raises FileNotFoundError or ValueError, naming file, field or tensor; nothing half-loaded is returned.
     """
     folder = find_checkpoint(path)
-    if isinstance(dtype, str) and dtype != "auto":
-        if not isinstance(getattr(torch, dtype, None), torch.dtype) or not getattr(torch, dtype).is_floating_point:
-            raise ValueError(f"dtype is {dtype!r}; 'auto', 'float32', 'bfloat16' or 'float16' is expected.")
-        dtype = getattr(torch, dtype)
+    dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if dtype not in ("auto", torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype is {dtype!r}; 'auto', 'float32', 'bfloat16' or 'float16' is expected.")
     if device_map == "auto":
         device_map = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     ids = read_token_ids(tokenizer_folder(folder))
     with torch.device("meta"):
         model = AudioFlamingo3ForConditionalGeneration(read_config(folder, ids))
     model.generation_config = read_generation_config(folder, ids)
-    tensors = read_tensors(folder)
-    check_tensors(tensors, model.state_dict(), folder)
-    dtype = tensors["language_model.lm_head.weight"].dtype if dtype == "auto" else dtype
-    for name in tensors:  # one at a time, so that a conversion never holds two copies of the model
-        tensors[name] = tensors[name].to(device_map, dtype)
-    model.load_state_dict(tensors, strict=True, assign=True)
-    return model.requires_grad_(False).eval()
+    try:
+        model.load_state_dict(read_tensors(folder), strict=True, assign=True)
+        return model.to(device_map, model.dtype if dtype == "auto" else dtype).requires_grad_(False).eval()
+    except (RuntimeError, AssertionError) as error:  # tensors that do not fit, each by name; a device that is not there
+        raise ValueError(f"{folder}: {' '.join(str(error).split())}") from None

@@ -1,7 +1,7 @@
 """Audio Flamingo 3, sound and words: files and prompts in, the model's tensors out; token ids back to words.
 
-In the order the data meets it: a file becomes a 16 kHz waveform; the waveform 30 s windows of log-mel; words become ids;
-and `AudioFlamingo3Processor` lays both out in the chat template, one `<sound>` id for each audio frame to come.
+In the order the data meets it: a file becomes a 16 kHz waveform, the waveform 30 s windows of log-mel, words become ids,
+and `AudioFlamingo3Processor` lays both out in the chat template, with one `<sound>` id for each audio frame to come.
 """
 import json
 import math
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from af3 import frame_counts
-from load_weights import find_checkpoint, read_json, tokenizer_folder
+from load_weights import find_checkpoint, named_ids, read_json, tokenizer_folder
 
 SAMPLE_RATE = 16000                           # Hz
 WINDOW_SECONDS = 30
@@ -38,16 +38,14 @@ FFMPEG_FORMATS = "mp3,flac,ogg,mov,matroska,avi,mpegts,aac,aiff,wav,w64"
 SAMPLE_TYPES = {(1, 8): "u1", (1, 16): "<i2", (1, 24): "3u1", (1, 32): "<i4", (3, 32): "<f4", (3, 64): "<f8"}  # code, bits
 
 def load_audio(path: str | Path, sampling_rate: int = SAMPLE_RATE) -> np.ndarray:
-    """A mono float32 waveform (n,) in [-1, 1] at `sampling_rate`, channels averaged.
+    """A mono float32 waveform (n,) in [-1, 1] at `sampling_rate` Hz, channels averaged; of a cut-off file, what is there.
 
-    WAV is read here, and as far as it goes if it is cut off, with a warning; every other container, and every rarer kind
-    of WAV, goes through the `ffmpeg` program. Raises FileNotFoundError or ValueError, naming the file.
+    WAV is read here; other containers, and rarer kinds of WAV, go through `ffmpeg`. Errors name the file.
     """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file.")
     if not path.is_file():
-        raise ValueError(f"{path}: a {'directory' if path.is_dir() else 'special file'}; a sound file is expected.")
+        error, reason = (ValueError, "a directory or device") if path.exists() else (FileNotFoundError, "no such file")
+        raise error(f"{path}: {reason}; a sound file is expected.")
     with open(path, "rb") as file:
         content = file.read(12)
         found = read_wav(content + file.read(), path) if content[:4] == b"RIFF" else None
@@ -99,45 +97,31 @@ def decode_with_ffmpeg(path: Path) -> bytes:
     reason = (result.stderr.decode(errors="replace").strip().splitlines() or ["no audio inside"])[-1]
     if len(result.stdout) < 44:  # not even a header
         raise ValueError(f"{path}: no audio that ffmpeg can read ({reason}).")
-    if result.returncode:
+    if result.stderr:  # a cut-off file leaves with 0 too
         warnings.warn(f"{path}: read as far as it goes ({reason}).")
     return result.stdout
 
-ZERO_CROSSINGS = 20       # of the sinc, on each side
-ROLLOFF = 0.97            # the cutoff, as a part of the lower Nyquist frequency
-KAISER_BETA = 9.0         # about 90 dB of stopband
-CHUNK_OUTPUTS = 1 << 16   # samples computed at a time, which bounds the memory
-
-@lru_cache
-def resampling_filter(up: int, down: int) -> tuple[Tensor, Tensor]:
-    """Polyphase windowed sinc for a rate of up/down: taps (up, width) float32 and each phase's first input sample (up,)."""
-    cutoff = ROLLOFF * min(1.0, up / down)                              # as a part of the input's Nyquist frequency
-    half = ZERO_CROSSINGS / cutoff                                      # input samples
-    centres = torch.arange(up, dtype=torch.float64) * down / up
-    first = (centres - half).ceil().long()
-    offsets = torch.arange(math.ceil(2 * half)) + (first - centres)[:, None]  # from the centre, in input samples
-    window = torch.special.i0(KAISER_BETA * (1 - (offsets / half).square()).clamp(min=0).sqrt())
-    taps = torch.sinc(cutoff * offsets) * window * (offsets.abs() <= half)
-    return (taps / taps.sum(1, keepdim=True)).float(), first
+ZERO_CROSSINGS = 32   # of the sinc, on each side
+ROLLOFF = 0.97        # the cutoff, as a part of the lower Nyquist frequency
+AT_ONCE = 1 << 16     # outputs computed together, which bounds the memory
 
 def resample(waveform: Tensor, rate: int, target: int) -> Tensor:
-    """(n,) at `rate` -> (ceil(n * target / rate),) at `target`, without delay."""
+    """(n,) at `rate` -> (ceil(n * target / rate),) at `target`, without delay: a polyphase filter of Hann-windowed sincs."""
     if rate == target:
         return waveform
-    divisor = math.gcd(rate, target)
-    up, down = target // divisor, rate // divisor
-    taps, first = resampling_filter(up, down)
-    outputs = -(-len(waveform) * up // down)
-    blocks = -(-outputs // up)                                          # of `up` outputs, from `down` inputs each
-    before = -int(first.min())
-    after = (blocks - 1) * down + int(first.max()) + taps.shape[1] - len(waveform)
-    inputs = F.pad(waveform, (before, max(0, after))).unfold(0, taps.shape[1], 1)
-    result = torch.empty(blocks, up)
-    step = max(1, CHUNK_OUTPUTS // up)
-    for block in range(0, blocks, step):
-        starts = torch.arange(block, min(block + step, blocks))[:, None] * down + first + before
-        result[block:block + step] = torch.einsum("but,ut->bu", inputs[starts], taps)
-    return result.flatten()[:outputs]
+    up, down = target // math.gcd(rate, target), rate // math.gcd(rate, target)  # outputs and inputs of one block
+    cutoff = ROLLOFF * min(1.0, up / down)                                       # as a part of the input's Nyquist frequency
+    centres = torch.arange(up, dtype=torch.float64) * down / up                  # where a block's outputs lie, in inputs
+    first = (centres - ZERO_CROSSINGS / cutoff).ceil().long()
+    offsets = first[:, None] + torch.arange(int(2 * ZERO_CROSSINGS / cutoff) + 1) - centres[:, None]
+    hann = torch.cos((offsets * cutoff / ZERO_CROSSINGS).clamp(-1, 1) * math.pi / 2).square()
+    taps = torch.sinc(offsets * cutoff) * hann                                   # (up, width)
+    taps = (taps / taps.sum(1, keepdim=True)).float()
+    outputs, width = -(-len(waveform) * up // down), taps.shape[1]
+    inputs = F.pad(waveform, (-int(first.min()), int(first.max()) + width)).unfold(0, width, 1)
+    starts = torch.arange(-(-outputs // up))[:, None] * down + first - first.min()  # (blocks, up)
+    pieces = [torch.einsum("but,ut->bu", inputs[some], taps) for some in starts.split(max(1, AT_ONCE // up))]
+    return torch.cat(pieces).flatten()[:outputs]
 
 # ---- A waveform -> 30 s windows of log-mel ----
 @lru_cache
@@ -150,15 +134,14 @@ def mel_filters() -> Tensor:
     bins = torch.linspace(0, SAMPLE_RATE / 2, N_FFT // 2 + 1, dtype=torch.float64)
     rise = (bins - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
     fall = (edges[2:, None] - bins) / (edges[2:] - edges[1:-1])[:, None]
-    area = 2 / (edges[2:] - edges[:-2])
-    return (torch.minimum(rise, fall).clamp(min=0) * area[:, None]).float()
+    return (torch.minimum(rise, fall).clamp(min=0) * 2 / (edges[2:] - edges[:-2])[:, None]).float()
 
 def log_mel(window: Tensor) -> Tensor:
     """(128, mel frames) float32 of up to 30 s of samples (n,): Whisper's log-mel of the window padded to 30 s.
 
-    Two frames past the last real one still touch samples; all that follow are one constant, and are left out.
+    Two frames past the last real one still touch samples; all that follow are one constant, and only the first is here.
     """
-    frames = min(-(-len(window) // HOP) + 2, N_MEL_FRAMES)
+    frames = min(-(-len(window) // HOP) + 3, N_MEL_FRAMES)
     padded = F.pad(window, (0, N_SAMPLES - len(window)))
     padded = F.pad(padded[None], (N_FFT // 2, N_FFT // 2), mode="reflect")[0, :(frames - 1) * HOP + N_FFT]
     spectrum = torch.stft(padded, N_FFT, HOP, window=torch.hann_window(N_FFT), center=False, return_complex=True)
@@ -167,24 +150,17 @@ def log_mel(window: Tensor) -> Tensor:
 
 def feature_batch(windows: list[Tensor]) -> tuple[Tensor, Tensor]:
     """input_features (W, 128, 3000) float32 and feature_attention_mask (W, 3000) int64, 1 on frames of real samples."""
-    features = torch.empty(len(windows), N_MELS, N_MEL_FRAMES)
-    mask = torch.zeros(len(windows), N_MEL_FRAMES, dtype=torch.long)
-    for window, row, ones in zip(windows, features, mask):
-        mel = log_mel(window)
-        row[:, :mel.shape[1]] = mel
-        row[:, mel.shape[1]:] = (max(-10.0, float(mel.max()) * 4 - 12) + 4) / 4  # silence: 1e-10, or 8 below the maximum
-        ones[:-(-len(window) // HOP)] = 1
-    return features, mask
+    mels = [log_mel(window) for window in windows]
+    features = torch.stack([F.pad(mel, (0, N_MEL_FRAMES - mel.shape[1]), mode="replicate") for mel in mels])
+    mel_frames = torch.tensor([-(-len(window) // HOP) for window in windows])
+    return features, (torch.arange(N_MEL_FRAMES) < mel_frames[:, None]).long()
 
 # ---- Words <-> ids ----
 class Tokenizer:
-    """The byte-level BPE of a `tokenizer.json`: exact, through tiktoken, because merge i makes token 256 + i.
-
-    `pad_token_id`, `eos_token_id`: the ids of the tokens that `tokenizer_config.json` names.
-    """
+    """The byte-level BPE of a `tokenizer.json`: exact, through tiktoken, because merge i makes token 256 + i."""
 
     def __init__(self, folder: Path):
-        content, config = read_json(folder / "tokenizer.json"), read_json(folder / "tokenizer_config.json")
+        content = read_json(folder / "tokenizer.json")
         vocabulary: dict[str, int] = content["model"]["vocab"]
         merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in content["model"]["merges"]]
         if [vocabulary.get(a + b) for a, b in merges] != list(range(256, 256 + len(merges))):
@@ -198,14 +174,7 @@ class Tokenizer:
         self.bytes_of = {rank: token for token, rank in ranks.items()}
         self.bytes_of |= {id: token.encode() for token, id in self.added.items()}
         self.any_added = re.compile("(" + "|".join(map(re.escape, self.added)) + ")")
-        self.pad_token_id, self.eos_token_id = (self._named(config, key, folder) for key in ("pad_token", "eos_token"))
-
-    def _named(self, config: dict, key: str, folder: Path) -> int:
-        token = config.get(key)
-        token = token["content"] if isinstance(token, dict) else token
-        if token not in self.added:
-            raise ValueError(f"{folder / 'tokenizer_config.json'}: {key} is {token!r}, which tokenizer.json does not add.")
-        return self.added[token]
+        self.pad_token_id, self.eos_token_id = named_ids(folder, self.added).values()
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, in NFC; a special token that it spells out is plain text too."""
@@ -232,16 +201,20 @@ def byte_alphabet() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 # ---- Sound and words -> the model's tensors ----
+TRANSCRIPTION = re.compile(r"\s*The (?:spoken content of the|transcription of the|content of the input) audio is"
+                           r"\s*(['\"]?)\s*(.*?)\s*\1\s*\.?\s*", re.DOTALL)  # the sentence the model frames one in
+
 class Batch(dict):
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Batch":
         """The model's inputs on `device`; `dtype` casts only floats: ids and masks stay integers."""
         return Batch({name: x.to(device, dtype if x.is_floating_point() else None) for name, x in self.items()})
 
 def as_waveform(audio, name: str) -> Tensor:
-    """A float32 waveform (n,) of an array, tensor or list of samples at 16 kHz; integers are scaled by their range."""
+    """A float32 waveform (n,) of a file or of 16 kHz samples: an array, tensor or list; integers are scaled by their range."""
+    if isinstance(audio, (str, Path)):
+        audio, name = load_audio(audio), str(audio)
     if isinstance(audio, Tensor):
-        audio = audio.detach().cpu()
-        audio = (audio.float() if audio.is_floating_point() else audio).numpy()
+        audio = (audio.float() if audio.is_floating_point() else audio).detach().cpu().numpy()
     samples = np.asarray(audio, dtype=None if isinstance(audio, np.ndarray) else np.float32)
     if samples.ndim != 1:
         raise ValueError(f"{name}: audio of shape {samples.shape}; a 1-D array of mono samples is expected.")
@@ -260,8 +233,8 @@ class AudioFlamingo3Processor:
         self.max_audio_len = max_audio_len  # seconds
         self.feature_extractor = SimpleNamespace(sampling_rate=SAMPLE_RATE, chunk_length=WINDOW_SECONDS)
         self.audio_token, self.default_transcription_prompt = "<sound>", "Transcribe the input speech."
-        self.start, self.end, self.audio_token_id = (
-            tokenizer.added[token] for token in ("<|im_start|>", "<|im_end|>", self.audio_token))
+        self.start, self.end = tokenizer.added["<|im_start|>"], tokenizer.added["<|im_end|>"]
+        self.audio_token_id = tokenizer.added[self.audio_token]
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "AudioFlamingo3Processor":
@@ -276,31 +249,12 @@ class AudioFlamingo3Processor:
                            ("n_fft", N_FFT), ("hop_length", HOP)):
             if extractor.get(key, value) != value:
                 raise ValueError(f"{file}: {key} is {extractor[key]}; this model's is {value}.")
-        return cls(Tokenizer(tokenizer_folder(folder)), config.get("max_audio_len", 600))
+        return cls(Tokenizer(tokenizer_folder(folder)), int(config.get("max_audio_len", 600)))
 
-    def __call__(self, text: str | list[str], audio=None, *, sampling_rate: int = SAMPLE_RATE, padding_side: str = "left",
-                 tensor_type: str = "pt", output_labels: bool = False) -> Batch:
-        """One user turn a prompt, ready for the answer: input_ids and attention_mask (B, T) int64; with audio also
-        input_features (W, 128, 3000) float32 and feature_attention_mask (W, 3000) int64, W windows of the whole batch.
-
-        audio: one waveform a prompt, 1-D at 16 kHz. `<sound>` in a prompt places one window; without any, all stand in
-        front. A prompt that starts with `<|im_start|>` is a finished template, special tokens included.
-        output_labels adds labels (B, T), -100 on audio and padding. Raises ValueError.
-        """
-        texts = [text] if isinstance(text, str) else list(text)
-        audios = None if audio is None else [audio] if is_one_waveform(audio) else list(audio)
-        if audios is not None and len(audios) != len(texts):
-            raise ValueError(f"Got {len(texts)} texts but {len(audios)} audios; they must match 1:1.")
-        rows = []
-        for sample, prompt in enumerate(texts):
-            windows = None if audios is None else self._windows(as_waveform(audios[sample], f"Sample {sample}"))
-            pieces = self._prompt(prompt, windows)
-            placeholders = pieces.count(self.audio_token_id)
-            if windows is not None and placeholders != len(windows):
-                raise ValueError(f"Sample {sample}: found {placeholders} '<sound>' placeholders, "
-                                 f"but audio was split into {len(windows)} window(s).")
-            rows.append((pieces, [[window] for window in windows or []]))
-        return self._batch(rows, sampling_rate, padding_side, tensor_type, output_labels)
+    # Pieces are what a prompt is made of: plain text to encode, and ready ids. Text that spells a special token out stays
+    # text, so these are the only way in; `_expand` repeats the `<sound>` id, and `splice` in af3.py gives each its frame.
+    def _turn(self, role: str, said: list[str | int]) -> list[str | int]:
+        return [self.start, f"{role}\n", *said, self.end, "\n"]
 
     def _prompt(self, prompt: str, windows: list[Tensor] | None) -> list[str | int]:
         if prompt.startswith("<|im_start|>"):
@@ -313,18 +267,23 @@ class AudioFlamingo3Processor:
             said = [self.audio_token_id] * len(windows) + [prompt]
         return [*self._turn("system", ["You are a helpful assistant."]), *self._turn("user", said), self.start, "assistant\n"]
 
-    def _turn(self, role: str, said: list[str | int]) -> list[str | int]:
-        return [self.start, f"{role}\n", *said, self.end, "\n"]
-
-    def _windows(self, waveform: Tensor) -> list[Tensor]:
-        most = self.max_audio_len // WINDOW_SECONDS * N_SAMPLES
+    def _heard(self, audio, name: str) -> Tensor:
+        waveform, most = as_waveform(audio, name), max(1, self.max_audio_len // WINDOW_SECONDS) * N_SAMPLES
         if len(waveform) > most:
-            warnings.warn(f"{len(waveform) / SAMPLE_RATE:.1f} s of audio: "
-                          f"only the first {most / SAMPLE_RATE:.1f} s are heard", stacklevel=3)
-        return list(waveform[:most].split(N_SAMPLES))
+            seconds, limit = len(waveform) / SAMPLE_RATE, most / SAMPLE_RATE
+            warnings.warn(f"{seconds:.1f} s of audio: only the first {limit:.1f} s are heard")
+        return waveform[:most]
+
+    def _expand(self, pieces: list[str | int], sounds: list[Tensor]) -> list[str | int]:
+        """One `<sound>` id for each audio frame of the waveform that goes there; a full window has 750, so they add up."""
+        expanded, waiting = [], iter(sounds)
+        for piece in pieces:
+            sound = next(waiting, None) if piece == self.audio_token_id else None
+            expanded += [piece] if sound is None else [piece] * frame_counts(-(-len(sound) // HOP))[1]
+        return expanded
 
     def _batch(self, rows, sampling_rate, padding_side, tensor_type, output_labels) -> Batch:
-        """rows: a prompt's pieces, and for each `<sound>` piece among them the windows whose frames go there."""
+        """rows: a prompt's pieces, and for each `<sound>` piece among them the waveform whose frames go there."""
         if sampling_rate not in (None, SAMPLE_RATE):
             raise ValueError(f"sampling_rate is {sampling_rate}; {SAMPLE_RATE} Hz is expected. Resample, or use load_audio.")
         if padding_side not in ("left", "right") or tensor_type != "pt" or not rows:
@@ -339,16 +298,34 @@ class AudioFlamingo3Processor:
         batch = Batch(input_ids=ids, attention_mask=mask)
         if output_labels:
             batch["labels"] = ids.masked_fill((mask == 0) | (ids == self.audio_token_id), -100)
-        windows = [window for _, sounds in rows for sound in sounds for window in sound]
+        windows = [window for _, sounds in rows for sound in sounds for window in sound.split(N_SAMPLES)]
         if windows:
             batch["input_features"], batch["feature_attention_mask"] = feature_batch(windows)
         return batch
 
-    def _expand(self, pieces: list[str | int], sounds: list[list[Tensor]]) -> list[str | int]:
-        """Each `<sound>` becomes one for each audio frame of its windows."""
-        frames = (sum(frame_counts(-(-len(window) // HOP))[1] for window in sound) for sound in sounds)
-        return [expanded for piece in pieces
-                for expanded in ([piece] * next(frames) if piece == self.audio_token_id and sounds else [piece])]
+    def __call__(self, text: str | list[str], audio=None, *, sampling_rate: int = SAMPLE_RATE, padding_side: str = "left",
+                 tensor_type: str = "pt", output_labels: bool = False) -> Batch:
+        """One user turn a prompt, ready for the answer: input_ids and attention_mask (B, T) int64; with audio also
+        input_features (W, 128, 3000) float32 and feature_attention_mask (W, 3000) int64, W windows of the whole batch.
+
+        audio: one waveform a prompt, 1-D at 16 kHz. `<sound>` in a prompt places one window; without any, all stand in
+        front. A prompt that starts with `<|im_start|>` is a finished template, special tokens included.
+        output_labels adds labels (B, T), -100 on audio and padding. Raises ValueError.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        audios = None if audio is None else [audio] if is_one_sound(audio) else list(audio)
+        if audios is not None and len(audios) != len(texts):
+            raise ValueError(f"Got {len(texts)} texts but {len(audios)} audios; they must match 1:1.")
+        rows = []
+        for sample, prompt in enumerate(texts):
+            windows = None if audios is None else self._heard(audios[sample], f"Sample {sample}").split(N_SAMPLES)
+            pieces = self._prompt(prompt, windows)
+            placeholders = pieces.count(self.audio_token_id)
+            if windows is not None and placeholders != len(windows):
+                raise ValueError(f"Sample {sample}: found {placeholders} '<sound>' placeholders, "
+                                 f"but audio was split into {len(windows)} window(s).")
+            rows.append((pieces, windows or []))
+        return self._batch(rows, sampling_rate, padding_side, tensor_type, output_labels)
 
     def apply_chat_template(self, conversations, *, tokenize: bool = True, add_generation_prompt: bool = False,
                             return_dict: bool = True, sampling_rate: int | None = None, padding_side: str = "left",
@@ -365,7 +342,7 @@ class AudioFlamingo3Processor:
             name_of = {id: token for token, id in self.tokenizer.added.items()}
             texts = ["".join(name_of.get(piece, piece) for piece in pieces) for pieces, _ in chats]
             return texts[0] if single else texts
-        rows = [(pieces, [self._windows(self._listen(part, f"Sample {sample}")) for part in parts])
+        rows = [(pieces, [self._heard(part.get("path", part.get("audio")), f"Sample {sample}") for part in parts])
                 for sample, (pieces, parts) in enumerate(chats)]
         batch = self._batch(rows, sampling_rate, padding_side, tensor_type, output_labels)
         return batch if return_dict else batch["input_ids"]
@@ -390,22 +367,15 @@ class AudioFlamingo3Processor:
             sounds += heard
         return pieces + ([self.start, "assistant\n"] if add_generation_prompt else []), sounds
 
-    def _listen(self, part: dict, name: str) -> Tensor:
-        source = part["path"] if "path" in part else part["audio"]
-        if isinstance(source, (str, Path)):
-            return as_waveform(load_audio(source), str(source))
-        return as_waveform(source, name)
-
     def apply_transcription_request(self, audio, prompt: str | list[str] | None = None, **options) -> Batch:
         """`apply_chat_template` of one user turn for each audio, a file or a waveform; see there."""
-        audios = [audio] if isinstance(audio, (str, Path)) or is_one_waveform(audio) else list(audio)
-        prompts = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt] * len(audios)
-        if len(prompts) != len(audios):
-            raise ValueError(f"Got {len(prompts)} texts but {len(audios)} audios; they must match 1:1.")
-        return self.apply_chat_template([
-            [{"role": "user", "content": [{"type": "audio", "audio": sound}, {
-                "type": "text", "text": self.default_transcription_prompt if text is None else text}]}]
-            for sound, text in zip(audios, prompts)], add_generation_prompt=True, **options)
+        audios = [audio] if is_one_sound(audio) else list(audio)
+        texts = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt or self.default_transcription_prompt] * len(audios)
+        if len(texts) != len(audios):
+            raise ValueError(f"Got {len(texts)} texts but {len(audios)} audios; they must match 1:1.")
+        chats = [[{"role": "user", "content": [{"type": "audio", "audio": sound}, {"type": "text", "text": text}]}]
+                 for sound, text in zip(audios, texts)]
+        return self.apply_chat_template(chats, add_generation_prompt=True, **options)
 
     def batch_decode(self, ids, *options, **named_options) -> list[str]:
         """The text of each row of ids; see `decode`."""
@@ -415,16 +385,8 @@ class AudioFlamingo3Processor:
                strip_prefix: bool = False) -> str:
         """The text of ids (T,). Byte-level text holds no tokenization spaces to clean up."""
         text = self.tokenizer.decode(ids, skip_special_tokens)
-        return strip_transcription_prefix(text) if strip_prefix else text
+        framed = TRANSCRIPTION.fullmatch(text) if strip_prefix else None
+        return framed[2] if framed else text
 
-def is_one_waveform(audio) -> bool:
-    return isinstance(audio, (np.ndarray, Tensor)) or len(audio) == 0 or isinstance(audio[0], (int, float, np.number))
-
-def strip_transcription_prefix(text: str) -> str:
-    """What was said, out of the sentence the model frames it in; any other text as it is."""
-    prefixes = "The spoken content of the audio is|The transcription of the audio is|The content of the input audio is"
-    framed = re.fullmatch(rf"\s*(?:{prefixes})(.*)", text, re.DOTALL)
-    if not framed:
-        return text
-    said = framed[1].strip().removesuffix(".").strip()
-    return said[1:-1].strip() if len(said) > 1 and said[0] == said[-1] and said[0] in "'\"" else said
+def is_one_sound(audio) -> bool:
+    return isinstance(audio, (str, Path, np.ndarray, Tensor)) or not audio or isinstance(audio[0], (int, float, np.number))

@@ -183,10 +183,14 @@ def test_greedy_tokens_of_a_row_are_the_same_alone_and_in_company(model, process
         assert torch.equal(together[row], alone)
 
 
-def test_a_broken_attention_mask_is_refused(model):
-    for mask in ([[1, 0, 1]], [[0, 0, 0]]):
-        with pytest.raises(ValueError, match="^attention_mask: "):
-            model(torch.tensor([[1, 2, 3]]), torch.tensor(mask))
+def test_a_row_of_nothing_but_padding_is_refused(model):
+    with pytest.raises(ValueError, match="^attention_mask: "):
+        model(torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[1, 1, 1], [0, 0, 0]]))
+
+
+def test_a_mask_may_be_boolean_and_a_masked_token_in_the_middle_is_as_if_it_were_not_there(model):
+    a = model(torch.tensor([[1, 9, 2, 3]]), torch.tensor([[True, False, True, True]])).logits
+    assert (a[:, [0, 2, 3]] - model(torch.tensor([[1, 2, 3]])).logits).abs().max() < 1e-5
 
 
 def test_text_without_audio_is_answered(model, processor):

@@ -139,9 +139,16 @@ def test_every_missing_unexpected_and_misshapen_tensor_is_named(spoilt):
     change_tensors(spoilt, spoil)
     with pytest.raises(ValueError) as error:
         load(spoilt)
-    for part in ("missing language_model.model.norm.weight", "unexpected audio_tower.layers.9.fc1.bias",
-                 "multi_modal_projector.linear_1.bias has shape [47] where config.json asks for [48]"):
+    assert "\n" not in str(error.value) and str(spoilt) in str(error.value)
+    for part in ('Missing key(s) in state_dict: "language_model.model.norm.weight"', 'Unexpected key(s) in state_dict: "audio_tower.layers.9.fc1.bias"',
+                 "multi_modal_projector.linear_1.bias", "[47]", "[48]"):
         assert part in str(error.value)
+
+
+def test_integer_tensors_are_refused_by_name(spoilt):
+    change_tensors(spoilt, lambda tensors: tensors.update({"audio_tower.layer_norm.bias": torch.zeros(32, dtype=torch.int8)}))
+    with pytest.raises(ValueError, match=r"audio_tower\.layer_norm\.bias"):
+        load(spoilt)
 
 
 def test_a_missing_and_a_cut_off_shard_are_named(spoilt):
@@ -151,8 +158,26 @@ def test_a_missing_and_a_cut_off_shard_are_named(spoilt):
     with pytest.raises(ValueError, match=r"model-00002-of-00002\.safetensors: not a whole safetensors file"):
         load(spoilt)
     shard.unlink()
-    with pytest.raises(FileNotFoundError, match=r"model-00002-of-00002\.safetensors: no such file"):
+    with pytest.raises(FileNotFoundError, match=r"model-00002-of-00002\.safetensors"):
         load(spoilt)
+
+
+def test_a_device_that_is_not_there_is_refused(micro):
+    with pytest.raises(ValueError, match="nonsense"):
+        load(micro, "nonsense")
+
+
+def test_a_tokenizer_without_the_sound_token_is_refused(spoilt):
+    (spoilt / "tokenizer.json").write_text((spoilt / "tokenizer.json").read_text().replace('"<sound>"', '"<noise>"'))
+    with pytest.raises(ValueError, match="<sound>"):
+        load(spoilt)
+    with pytest.raises(ValueError, match="<sound>"):
+        AudioFlamingo3Processor.from_pretrained(spoilt)
+
+
+def test_a_named_token_may_be_an_object(spoilt):
+    change(spoilt / "tokenizer_config.json", eos_token={"content": "<|im_end|>"})
+    assert AudioFlamingo3Processor.from_pretrained(spoilt).tokenizer.eos_token_id and load(spoilt, "cpu")
 
 
 def test_a_vocabulary_that_is_not_the_tokenizers_is_refused_with_both_sizes(spoilt):
@@ -165,7 +190,7 @@ def test_a_vocabulary_that_is_not_the_tokenizers_is_refused_with_both_sizes(spoi
 
 @pytest.mark.parametrize("section, field, value", [
     ("audio_config", "activation_function", "relu"), ("text_config", "hidden_act", "gelu"), ("text_config", "rope_parameters", {"rope_type": "yarn"}),
-    ("text_config", "num_hidden_layers", 0), ("audio_config", "hidden_size", -32), ("text_config", "hidden_size", "48"), ("audio_config", "num_attention_heads", 5)])
+    ("text_config", "rope_scaling", {"rope_type": "yarn"}), ("text_config", "num_hidden_layers", 0), ("audio_config", "hidden_size", -32), ("text_config", "hidden_size", "48"), ("audio_config", "num_attention_heads", 5)])
 def test_a_configuration_this_network_is_not_is_refused_by_field(spoilt, section, field, value):
     config = json.loads((spoilt / "config.json").read_text())
     change(spoilt / "config.json", **{section: config[section] | {field: value}})

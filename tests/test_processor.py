@@ -156,7 +156,7 @@ def test_log_mel_and_its_mask_are_the_oracles(processor, goldens, case):
 
 
 def test_a_short_clip_is_not_padded_to_thirty_seconds_of_mel():
-    assert log_mel(torch.from_numpy(sound(16000))).shape == (128, 102)
+    assert log_mel(torch.from_numpy(sound(16000))).shape == (128, 103)
     assert log_mel(torch.from_numpy(sound(480000))).shape == (128, 3000)
 
 
@@ -332,6 +332,26 @@ def test_several_sounds_stand_in_order_before_their_turns_text(processor):
     batch = processor.apply_chat_template(chat, add_generation_prompt=True)
     assert "user\n" + "<sound>" * (2 + 5) + "Two" in spelled(processor, batch) and "user\n" + "<sound>" * 7 + "One" in spelled(processor, batch)
     assert batch["feature_attention_mask"].sum(-1).tolist() == [10, 20, 30]
+
+
+def test_a_file_may_stand_in_for_its_samples(processor, tmp_path):
+    (tmp_path / "a.wav").write_bytes(wav_bytes(as_file_type(sound(16000)[:, None], 1, 16)))
+    wanted = processor("Hi", load_audio(tmp_path / "a.wav"))["input_features"]
+    assert torch.equal(processor("Hi", str(tmp_path / "a.wav"))["input_features"], wanted)
+    assert torch.equal(processor.apply_transcription_request(tmp_path / "a.wav")["input_features"], wanted)
+
+
+def test_a_file_too_short_to_hear_is_named(processor, tmp_path):
+    (tmp_path / "blip.wav").write_bytes(wav_bytes(as_file_type(sound(320)[:, None], 1, 16)))
+    with pytest.raises(ValueError, match=r"blip\.wav: .*320 samples; at least 321"):
+        processor("Hi", tmp_path / "blip.wav")
+
+
+def test_a_message_of_none_is_skipped_and_a_part_that_is_neither_refused(processor):
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None}]
+    assert processor.apply_chat_template(chat, tokenize=False) == processor.apply_chat_template(chat[:1], tokenize=False)
+    with pytest.raises(ValueError, match="neither text nor audio"):
+        processor.apply_chat_template([{"role": "user", "content": [{"type": "image", "path": "a.png"}]}])
 
 
 def test_a_file_may_stand_under_path_or_audio(processor, tmp_path):
