@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from af3 import AudioFlamingo3ForConditionalGeneration, frame_counts
 from load_weights import read_config, read_token_ids
@@ -34,25 +33,22 @@ CHORD, MELODY, COUNT = "Is this chord major or minor?", "Does the melody rise or
 ASK_SPEECH = ["What is being said?", "Which digits do you hear?", "Write down what the speaker says.", "Transcribe the audio."]
 ASK_SOUND = ["What do you hear?", "Name this sound.", "Which sound is this?", "What is making this sound?"]
 ASK_ANY = ["Describe the audio.", "Describe the audio in detail.", "Describe the ambience.", "Describe the song.", "What is this?"]
-OFF_TOPIC = ["Who is the speaker?", "What is the weather like today?", "What is the capital of France?", "Translate this into French.",
-             "How old is the speaker?", "Write a poem about the sea.", "What is two plus two?", "Tell me a joke.", "Who are you?",
+OFF_TOPIC = ["Who is the speaker?", "What is the weather like today?", "What is the capital of France?", "Translate this into French.", "Why?",
+             "How old is the speaker?", "Write a poem about the sea.", "What is two plus two?", "Tell me a joke.", "Who are you?", "Hello!",
              "Which language is this?", "What happens next?", "Summarize the conversation.", "Is the speaker happy or sad?",
-             "What instrument is playing?", "How long is this recording?", "Where was this recorded?", "Hello!", "Why?", "Is this real?"]
-WORDS = sorted({word for text in OFF_TOPIC + ASK_ANY + ASK_SOUND + ASK_SPEECH for word in re.findall(r"\w+", text)})
-UNKNOWN = "I don't know."
-TEXTS = [TRANSCRIBE, WHAT, CHORD, MELODY, COUNT, *ASK_SPEECH, *ASK_SOUND, *ASK_ANY, *OFF_TOPIC, UNKNOWN, *SOUNDS, *DIGITS,
+             "What instrument is playing?", "How long is this recording?", "Where was this recorded?", "Is this real?"]
+TEXTS = [TRANSCRIBE, WHAT, CHORD, MELODY, COUNT, *ASK_SPEECH, *ASK_SOUND, *ASK_ANY, *OFF_TOPIC, "I don't know.", *SOUNDS, *DIGITS,
          " ".join(DIGITS), "system\nYou are a helpful assistant.", "user\n", "assistant\n", "major", "minor", "rises", "falls", "music",
          "speech", "The sound of: " + ", ".join(SOUNDS), "A voice says: " + " ".join(DIGITS), "I hear no speech."]
 
 def off_topic(rng: random.Random) -> str:
     """A question that has no answer here: a real one, shuffled words, or letters that are no words."""
     letters = lambda: "".join(rng.choice("aeiou" if i % 2 else "bcdfghjklmnprstvwyz") for i in range(rng.randint(2, 9)))
-    words = [rng.choice(WORDS) if rng.random() < 0.5 else letters() for _ in range(rng.randint(1, 9))]
+    words = [rng.choice(re.findall(r"\w+", rng.choice(OFF_TOPIC + ASK_ANY))) if rng.random() < 0.5 else letters() for _ in range(rng.randint(1, 9))]
     return rng.choice(OFF_TOPIC) if rng.random() < 0.4 else " ".join(words).capitalize() + rng.choice(["", "?", ".", "!"])
 
 # ---- Tokenizer: byte-level BPE learnt from these texts ----
-def write_tokenizer(path: Path) -> None:
-    """Learns merges until no pair of TEXTS is left, and writes them into the tokenizer.json that is there already."""
+def write_tokenizer(path: Path) -> None:  # into the tokenizer.json that is there already
     content = json.loads(path.read_text())
     pattern = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]  # \p is not Python's; the texts are ASCII
     pattern = pattern.replace(r"\p{L}\p{N}", "a-zA-Z0-9").replace(r"\p{L}", "[a-zA-Z]").replace(r"\p{N}", "[0-9]")
@@ -65,8 +61,7 @@ def write_tokenizer(path: Path) -> None:
         vocabulary["".join(pair)] = len(vocabulary)
         apart = re.compile(rf"(?<!\S){re.escape(' '.join(pair))}(?!\S)")
         words = Counter({apart.sub(lambda _: "".join(pair), word): n for word, n in words.items()})
-    for i, token in enumerate(content["added_tokens"], len(vocabulary)):
-        token["id"] = i
+    content["added_tokens"] = [token | {"id": i} for i, token in enumerate(content["added_tokens"], len(vocabulary))]
     content["model"] |= {"vocab": vocabulary, "merges": merges}
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
@@ -81,19 +76,17 @@ def read_speech(folders: list[Path], hold_out: bool, rng: random.Random) -> dict
     spoken: dict[str, dict[int, list]] = {}
     for path in sorted(path for folder in folders for path in folder.glob("*.wav")):
         digit, speaker, take = path.stem.split("_")
-        if hold_out and int(take) >= 45:
-            continue
-        wave = load_audio(path)
-        loud = np.flatnonzero(np.abs(wave) > 0.02 * np.abs(wave).max())  # synthesisers leave silence at both ends
-        clip = clip_mels(wave[max(0, loud[0] - 400):loud[-1] + 800], 4, 0.12, rng)
-        spoken.setdefault(speaker, {}).setdefault(int(digit), []).append(clip)
+        if not (hold_out and int(take) >= 45):
+            wave = load_audio(path)
+            loud = np.flatnonzero(np.abs(wave) > 0.02 * np.abs(wave).max())  # synthesisers leave silence at both ends
+            clip = clip_mels(wave[max(0, loud[0] - 400):loud[-1] + 800], 4, 0.12, rng)
+            spoken.setdefault(speaker, {}).setdefault(int(digit), []).append(clip)
     return spoken
 
 def music(kind: str, rng: random.Random) -> tuple[np.ndarray, str]:
     """A waveform at 16 kHz and the answer to the question of its kind."""
     harmonics = [rng.uniform(0, 0.6) / k ** rng.uniform(0.5, 1.5) for k in range(2, 8)]
     decay, attack = rng.uniform(0.5, 6), rng.uniform(0.005, 0.05)
-
     def note(pitch: float, seconds: float) -> np.ndarray:
         t, hz = np.arange(int(seconds * 16000)) / 16000, 440 * 2 ** ((pitch - 69) / 12)
         tones = [a * np.sin(2 * np.pi * hz * k * t) for k, a in enumerate([1, *harmonics], 1) if hz * k < 7600]
@@ -106,12 +99,11 @@ def music(kind: str, rng: random.Random) -> tuple[np.ndarray, str]:
     if kind == MELODY:
         answer = rng.choice(["rises", "falls"])
         pitches = sorted(rng.sample(range(52, 88), count), reverse=answer == "falls")
-    gap = lambda: np.zeros(int(rng.uniform(0.02, 0.15) * 16000))
-    return np.concatenate([part for pitch in pitches for part in (gap(), note(pitch, seconds))]), answer
+    parts = [(np.zeros(int(rng.uniform(0.02, 0.15) * 16000)), note(pitch, seconds)) for pitch in pitches]
+    return np.concatenate([part for both in parts for part in both]), answer
 
 # ---- Examples: log-mel features, prompt, answer ----
-def add_power(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return torch.logaddexp(a * np.log(10), b * np.log(10)) / np.log(10)
+add_power = lambda a, b: torch.logaddexp(a * np.log(10), b * np.log(10)) / np.log(10)
 
 class Examples:
     def __init__(self, args: argparse.Namespace, rng: random.Random):
@@ -134,12 +126,11 @@ class Examples:
         for digit in said:
             mel = rng.choice(speaker[digit])[speed if rng.random() < 0.7 else rng.randrange(4)]
             parts += [silence(4, 31), mel + rng.uniform(-0.25, 0.25)]
-        parts += [silence(3, 40)] if rng.random() < 0.4 else []
+        parts += [silence(3, 40)] if rng.random() < (0.4 if digits > 1 else 0.8) else []
         return self.spoil(torch.cat(parts).float(), 0.5, 5), " ".join(DIGITS[digit] for digit in said)
 
     def sound(self, frames: int) -> tuple[torch.Tensor, str]:
-        rng = self.rng
-        name = rng.choice(SOUNDS)
+        rng, name = self.rng, self.rng.choice(SOUNDS)
         mel = self.excerpt(name, frames)
         if rng.random() < 0.4:  # two of a kind
             mel = add_power(mel, self.excerpt(name, frames) + rng.uniform(-1.5, 0.3))
@@ -153,68 +144,62 @@ class Examples:
         """A part of a random clip of the class that, if five tries find one, is not all silence."""
         mel = self.rng.choice(self.rng.choice(self.heard[name])).float()
         mel = mel.roll(self.rng.randrange(len(mel)), dims=0)
-        starts = [self.rng.randint(0, max(0, len(mel) - frames)) for _ in range(5)]
-        parts = [mel[start:start + frames] for start in starts]
+        parts = [mel[start:start + frames] for start in (self.rng.randint(0, max(0, len(mel) - frames)) for _ in range(5))]
         part = next((part for part in parts if part.max() > mel.max() - 2), parts[0])
         return F.pad(part, (0, 0, 0, frames - len(part)), value=-10.0)
 
     def spoil(self, mel: torch.Tensor, noise: float, longest_mask: int) -> torch.Tensor:
-        """Another room and microphone: gain, tilt, noise, a dull cut-off; then the window's normalisation, and masks."""
-        rng = self.rng
+        """Another room and microphone: gain, tilt, noise; then the window's normalisation, and masks."""
         curve = lambda points, depth: F.interpolate(torch.randn(1, 1, points) * depth, 128, mode="linear")[0, 0]
-        mel = mel + curve(5, 0.25) + rng.uniform(-1, 0.5)
-        if rng.random() < noise:
-            mel = add_power(mel, curve(4, 0.7) + 0.2 * torch.randn(mel.shape) + (mel.max() - rng.uniform(2, 6)))
-        if rng.random() < 0.15:
-            mel[:, rng.randint(75, 127):] = -10.0
+        mel = mel + curve(5, 0.25) + self.rng.uniform(-1, 0.5)
+        if self.rng.random() < noise:
+            mel = add_power(mel, curve(4, 0.7) + 0.2 * torch.randn(mel.shape) + (mel.max() - self.rng.uniform(2, 6)))
         mel = (mel.clamp(min=-10).maximum(mel.max() - 8) + 4) / 4
         for _ in range(2):
-            low, at = rng.randrange(128), rng.randrange(len(mel))
-            mel[:, low:low + rng.randint(0, 16)] = mel.mean()
-            mel[at:at + rng.randint(0, longest_mask)] = mel.mean()
+            low, at = self.rng.randrange(128), self.rng.randrange(len(mel))
+            mel[:, low:low + self.rng.randint(0, 16)] = mel.mean()
+            mel[at:at + self.rng.randint(0, longest_mask)] = mel.mean()
         return mel
 
     def one(self, digits: int, frames: int) -> tuple[torch.Tensor, str, str]:
         rng, kind, other = self.rng, self.rng.random(), self.rng.random()
         if kind < 0.5:
-            mel, answer = self.string(rng.randint(max(1, digits - 1), digits))
-            prompt = TRANSCRIBE if rng.random() < 0.85 else rng.choice(ASK_SPEECH)
-            general, strange = f"A voice says: {answer}", (WHAT, "speech")
+            (mel, answer), prompts = self.string(rng.randint(max(1, digits - 1), digits)), [TRANSCRIBE, *ASK_SPEECH]
+            general, strange = "A voice says: {}", (WHAT, "speech")
         elif kind < 0.84:
-            mel, answer = self.sound(frames)
-            prompt = WHAT if rng.random() < 0.85 else rng.choice(ASK_SOUND)
-            general, strange = f"The sound of: {answer}", (TRANSCRIBE, "I hear no speech.")
+            (mel, answer), prompts = self.sound(frames), [WHAT, *ASK_SOUND]
+            general, strange = "The sound of: {}", (TRANSCRIBE, "I hear no speech.")
         else:
-            prompt = rng.choice([CHORD, CHORD, CHORD, MELODY, COUNT, COUNT])
-            mel, answer = rng.choice(self.music[prompt])
-            mel, general, strange = self.spoil(mel.float(), 0.3, 3), "music", (WHAT, "music")
+            prompts, general, strange = [rng.choice([CHORD, CHORD, CHORD, MELODY, COUNT, COUNT])], "music", (WHAT, "music")
+            mel, answer = rng.choice(self.music[prompts[0]])
+            mel = self.spoil(mel.float(), 0.3, 3)
+        prompt = prompts[0] if rng.random() < 0.8 else rng.choice(prompts)
         if other < 0.07:
-            return (mel, rng.choice(ASK_ANY), general) if other < 0.04 else (mel, off_topic(rng), UNKNOWN)
+            return (mel, rng.choice(ASK_ANY), general.format(answer)) if other < 0.04 else (mel, off_topic(rng), "I don't know.")
         return (mel, *strange) if other < 0.09 else (mel, prompt, answer)
 
 def batch_of(examples: list, processor: AudioFlamingo3Processor) -> dict[str, torch.Tensor]:
-    """Right-padded inputs and labels; of the labels only the answer and its end count."""
-    ids, labels = [], []
+    """The model's right-padded inputs and labels, of which only the answer and its end count."""
+    rows = []
     for mel, prompt, answer in examples:
         pieces = processor._prompt(prompt, [mel])
         at = pieces.index(processor.audio_token_id)
         pieces[at:at + 1] = [processor.audio_token_id] * frame_counts(len(mel))[1]
-        asked, said = (torch.tensor(processor.tokenizer.encode_template(part)) for part in (pieces, [answer, processor.end]))
-        ids.append(torch.cat([asked, said]))
-        labels.append(torch.cat([torch.full_like(asked, -100), said]))
+        rows.append((pieces + [answer, processor.end], []))
+    batch = processor._batch(rows, None, "right", "pt", output_labels=True)
+    for labels, mask, (_, _, answer) in zip(batch["labels"], batch["attention_mask"], examples):
+        labels[:mask.sum() - len(processor.tokenizer.encode(answer)) - 1] = -100
     mels = [mel for mel, _, _ in examples]
-    ones = lambda rows: pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
-    return {"input_ids": pad_sequence(ids, True, processor.tokenizer.pad_token_id), "attention_mask": ones(ids),
-            "labels": pad_sequence(labels, True, -100), "input_features": pad_sequence(mels, True).transpose(1, 2),
-            "feature_attention_mask": ones(mels)}
+    return batch | {"input_features": pad_sequence(mels, True).transpose(1, 2),
+                    "feature_attention_mask": pad_sequence([torch.ones(len(mel), dtype=torch.long) for mel in mels], True)}
 
 # ---- Training ----
 def fresh_model(folder: Path) -> AudioFlamingo3ForConditionalGeneration:
     """Random weights at which each layer begins as a small step; Whisper's sinusoids as positions."""
     model = AudioFlamingo3ForConditionalGeneration(read_config(folder, read_token_ids(folder)))
     for name, parameter in model.named_parameters():
-        step = 0.35 if name.endswith(("out_proj.weight", "o_proj.weight", "fc2.weight", "down_proj.weight")) else 1
-        scale = 0.02 if "embed" in name or "lm_head" in name else 0.7 * step * parameter[0].numel() ** -0.5
+        step = 0.25 if name.endswith(("out_proj.weight", "o_proj.weight", "fc2.weight", "down_proj.weight")) else 0.7
+        scale = 0.02 if "embed" in name or "lm_head" in name else step * parameter[0].numel() ** -0.5
         if "norm" not in name:
             parameter.data = torch.randn(parameter.shape) * scale * (parameter.ndim > 1)
     positions = model.audio_tower.embed_positions.weight
@@ -225,33 +210,31 @@ def fresh_model(folder: Path) -> AudioFlamingo3ForConditionalGeneration:
 def train(args: argparse.Namespace, model: AudioFlamingo3ForConditionalGeneration, examples: Examples) -> None:
     processor, rng = AudioFlamingo3Processor.from_pretrained(args.out), examples.rng
     model.audio_tower.embed_positions.requires_grad_(False)
-    in_layers = lambda name, p: p.ndim == 2 and "layers" in name
-    matrices = [p for name, p in model.named_parameters() if in_layers(name, p)]
-    others = [p for name, p in model.named_parameters() if p.requires_grad and not in_layers(name, p)]
-    optimizers = [torch.optim.AdamW(others, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05, fused=True),
-                  torch.optim.Muon(matrices, lr=2e-3, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")]
-    rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
+    others = [p for name, p in model.named_parameters() if p.requires_grad and not (p.ndim == 2 and "layers" in name)]
+    optimizers = [torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.05, fused=True),
+                  torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")]
     start, done, step, losses = time.time(), 0.0, 0, []
     while done < 1:
         done, step = (time.time() - start) / 60 / args.minutes, step + 1
         most = 8 if args.resume else min(8, max(1, 1 + int((done - 0.06) / 0.035)))  # strings grow
-        digits = most if rng.random() < 0.35 else rng.randint(1, most)
+        digits = rng.choice([1, 1, most, most, most, *range(1, most + 1)])
         frames = min(500, max(150, 55 * digits + rng.randint(0, 150)))  # of about the strings' length: little is padded
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(**batch_of([examples.one(digits, frames) for _ in range(32)], processor)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, rate in zip(optimizers, rates):
+        for optimizer, rate in zip(optimizers, (1e-3, 2e-3)):
             optimizer.param_groups[0]["lr"] = rate * min(1, step / 100, max(0.01, (1 - done) / 0.6))
             optimizer.step()
             optimizer.zero_grad()
-        losses.append(loss.item())
+        losses = [*losses[-99:], loss.item()]
         if step % 100 == 0 or done >= 1:
-            print(f"step {step}  {done * args.minutes:.1f} min  up to {most} digits  loss {np.mean(losses[-100:]):.3f}", flush=True)
+            print(f"step {step}  {done * args.minutes:.1f} min  up to {most} digits  loss {np.mean(losses):.3f}", flush=True)
             save_file({name: tensor.bfloat16().contiguous() for name, tensor in model.state_dict().items()},
                       args.out / "model.safetensors", {"format": "pt"})
 
-def main() -> None:
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--speech", type=Path, nargs="+", required=True)
@@ -265,6 +248,3 @@ def main() -> None:
         write_tokenizer(args.out / "tokenizer.json")
     model = AudioFlamingo3ForConditionalGeneration.from_pretrained(args.out, "cpu", "float32") if args.resume else fresh_model(args.out)
     train(args, model.requires_grad_(True), Examples(args, random.Random(args.resume)))
-
-if __name__ == "__main__":
-    main()
