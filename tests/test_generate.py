@@ -13,7 +13,7 @@ from test_processor import as_file_type, wav_bytes
 
 import generate
 
-SAMPLES = {"digits.wav": (None, "seven three one"), "rain.wav": ("What sound is this?", "rain"), "chord.wav": ("Is this chord major or minor?", "major")}
+SAMPLES = {"digits.wav": (None, "seven three one"), "rain.wav": ("What sound is this?", "rain"), "melody.wav": ("Does the melody rise or fall?", "rises")}
 
 
 @pytest.fixture

@@ -195,7 +195,8 @@ def batch_of(examples: list, processor: AudioFlamingo3Processor) -> dict[str, to
 
 # ---- Training ----
 def fresh_model(folder: Path) -> AudioFlamingo3ForConditionalGeneration:
-    """Random weights at which each layer begins as a small step; Whisper's sinusoids as positions."""
+    """A new tokenizer; random weights at which each layer begins as a small step; Whisper's sinusoids as positions."""
+    write_tokenizer(folder / "tokenizer.json")
     model = AudioFlamingo3ForConditionalGeneration(read_config(folder, read_token_ids(folder)))
     for name, parameter in model.named_parameters():
         step = 0.25 if name.endswith(("out_proj.weight", "o_proj.weight", "fc2.weight", "down_proj.weight")) else 0.7
@@ -203,7 +204,7 @@ def fresh_model(folder: Path) -> AudioFlamingo3ForConditionalGeneration:
         if "norm" not in name:
             parameter.data = torch.randn(parameter.shape) * scale * (parameter.ndim > 1)
     positions = model.audio_tower.embed_positions.weight
-    angles = torch.arange(len(positions))[:, None] * torch.exp(-np.log(10000) * torch.linspace(0, 1, positions.shape[1] // 2))
+    angles = torch.arange(1500)[:, None] * torch.exp(-np.log(10000) * torch.linspace(0, 1, positions.shape[1] // 2))
     positions.data = torch.cat([angles.sin(), angles.cos()], 1) * 0.5
     return model
 
@@ -214,23 +215,24 @@ def train(args: argparse.Namespace, model: AudioFlamingo3ForConditionalGeneratio
     others = [p for name, p in model.named_parameters() if p.requires_grad and not (p.ndim == 2 and "layers" in name)]
     optimizers = [torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.05, fused=True),
                   torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")]
-    start, done, step, losses = time.time(), 0.0, 0, []
+    start, done, step, mean = time.time(), 0.0, 0, 0.0
     while done < 1:
         done, step = (time.time() - start) / 60 / args.minutes, step + 1
         most = 8 if args.resume else min(8, max(1, 1 + int((done - 0.06) / 0.035)))  # strings grow
         digits = rng.choice([1, 1, most, most, most, *range(1, most + 1)])
         frames = min(500, max(150, 55 * digits + rng.randint(0, 150)))  # of about the strings' length: little is padded
+        batch = batch_of([examples.one(digits, frames) for _ in range(32)], processor)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = model(**batch_of([examples.one(digits, frames) for _ in range(32)], processor)).loss
+            loss = model(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, rate in zip(optimizers, (1e-3, 2e-3)):
             optimizer.param_groups[0]["lr"] = rate * min(1, step / 100, max(0.01, (1 - done) / 0.6))
             optimizer.step()
             optimizer.zero_grad()
-        losses = [*losses[-99:], loss.item()]
+        mean = 0.98 * mean + 0.02 * loss.item()
         if step % 100 == 0 or done >= 1:
-            print(f"step {step}  {done * args.minutes:.1f} min  up to {most} digits  loss {np.mean(losses):.3f}", flush=True)
+            print(f"step {step}  {done * args.minutes:.1f} min  up to {most} digits  loss {mean:.3f}", flush=True)
             save_file({name: tensor.bfloat16().contiguous() for name, tensor in model.state_dict().items()},
                       args.out / "model.safetensors", {"format": "pt"})
 
@@ -244,7 +246,5 @@ if __name__ == "__main__":
     parser.add_argument("--resume", action="store_true", help="go on from the weights in OUT, with the longest strings at once")
     args = parser.parse_args()
     torch.manual_seed(args.resume)
-    if not args.resume:
-        write_tokenizer(args.out / "tokenizer.json")
     model = AudioFlamingo3ForConditionalGeneration.from_pretrained(args.out, "cpu", "float32") if args.resume else fresh_model(args.out)
     train(args, model.requires_grad_(True), Examples(args, random.Random(args.resume)))
