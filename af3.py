@@ -59,9 +59,9 @@ class AudioFlamingo3Attention(nn.Module):
         self.out_proj = nn.Linear(hidden, hidden)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        q = self.q_proj(x) * self.head_dim ** -0.5  # before the product, not after: in bfloat16 the order shows
-        # heads are counted off the projection, never off the configuration: a sharded layer is the same code
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in (q, self.k_proj(x), self.v_proj(x)))
+        # q is scaled before the product, not after: in bfloat16 the order shows. The projections' width counts the heads.
+        projected = self.q_proj(x) * self.head_dim ** -0.5, self.k_proj(x), self.v_proj(x)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in projected)  # (W, heads, F, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
@@ -119,10 +119,10 @@ class AudioFlamingo3MultiModalProjector(nn.Module):
 # ---- Decoder: embeddings -> hidden states, with or without a key-value cache ----
 class KeyValueCache:
     """Keys and values of every layer, allocated once for a call or a conversation; all rows take the same slots."""
-
-    def __init__(self, config: Qwen2Config, rows: int, slots: int, like: Tensor):
-        self.keys_values = like.new_empty(config.num_hidden_layers, 2, rows, config.num_key_value_heads, slots, config.head_dim)
-        self.visible = torch.zeros(rows, slots, dtype=torch.bool, device=like.device)  # not where a row was padded
+    def __init__(self, config: Qwen2Config, rows: int, slots: int, dtype: torch.dtype, device: torch.device):
+        shape = config.num_hidden_layers, 2, rows, config.num_key_value_heads, slots, config.head_dim
+        self.keys_values = torch.empty(shape, dtype=dtype, device=device)
+        self.visible = torch.zeros(rows, slots, dtype=torch.bool, device=device)  # False where a row was padded
         self.used = 0  # slots
 
 def rotary_tables(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -228,8 +228,8 @@ class GenerationConfig:
     def __post_init__(self):
         for name in ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty"):
             value, most = getattr(self, name), 1 if name == "top_p" else float("inf")
-            if value is not None and not 0 < value <= most:
-                raise ValueError(f"{name} is {value}; it must be above 0 and at most {most}.")
+            if value is not None and not 1e-6 <= value <= most:
+                raise ValueError(f"{name} is {value}; it must lie between 1e-6 and {most}.")
 
 def next_token(logits: Tensor, seen: Tensor, options: GenerationConfig) -> Tensor:
     """The next ids (B,) of float32 logits (B, V); the repetition penalty falls on the ids `seen` (B, V)."""
@@ -267,7 +267,7 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
         """Projected audio frames (sum of K, text H): the real ones of all windows, in order."""
         mel_frames = feature_attention_mask.sum(-1)
         seconds, states = mel_frames // 100, {}
-        for length in seconds.unique():  # windows as long to the second are encoded together, at most 8 for the memory's sake
+        for length in seconds.unique():  # windows of a length, to the second, are encoded together; 8 bound the memory
             for group in (seconds == length).nonzero()[:, 0].split(8):
                 states |= zip(group.tolist(), self.audio_tower(input_features[group], feature_attention_mask[group]))
         frames = [states[window][:count] for window, count in enumerate(frame_counts(mel_frames)[1].tolist())]
@@ -329,7 +329,7 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
         if tokens + options.max_new_tokens > limit:
             raise ValueError(f"The prompt's {tokens} tokens and max_new_tokens={options.max_new_tokens} are more than the "
                              f"model's {limit} positions; shorten the audio or lower max_new_tokens.")
-        cache = KeyValueCache(self.config.text_config, rows, tokens + options.max_new_tokens, self.language_model.lm_head.weight)
+        cache = KeyValueCache(self.config.text_config, rows, tokens + options.max_new_tokens, self.dtype, self.device)
         x, real, source = self.prefill(input_ids, attention_mask, input_features, feature_attention_mask, cache)
         logits = self.language_model.lm_head(x[torch.arange(rows, device=x.device), real.sum(-1) - 1])  # (B, V)
         seen = torch.zeros_like(logits, dtype=torch.long).scatter_add(1, input_ids.gather(1, source), real.long()) > 0

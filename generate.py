@@ -15,28 +15,29 @@ from pathlib import Path
 
 import torch
 
-from af3 import AudioFlamingo3ForConditionalGeneration
+from af3 import AudioFlamingo3ForConditionalGeneration, GenerationConfig
 from processor import AudioFlamingo3Processor
-
-TINY = Path(__file__).resolve().parent / "tiny"
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("audio", help="a sound file: WAV, or with ffmpeg mp3, flac, ogg, m4a, opus, video")
     add("prompt", nargs="?", help="a question or instruction; without one the speech is transcribed")
-    add("--model", default=TINY, help="a checkpoint directory, or a hub name in the local cache (default: tiny/)")
+    add("--model", default=Path(__file__).resolve().parent / "tiny", help="a directory or cached hub name (default: tiny/)")
     add("--max-new-tokens", type=int, metavar="N", help="stop after N tokens (default: the checkpoint's, else 512)")
     add("--device", default="auto", help="cpu, cuda or mps (default: the best there is)")
     add("--dtype", default="auto", help="float32, bfloat16 or float16 (default: the checkpoint's own)")
-    add("--sample", action="store_true", default=None, help="draw each token at random instead of taking the likeliest")
+    add("--sample", dest="do_sample", action="store_true", default=None, help="draw tokens at random, not the likeliest")
     add("--temperature", type=float, metavar="T", help="with --sample: above 1 bolder, below 1 safer")
     add("--top-k", type=int, metavar="K", help="with --sample: draw from the K likeliest tokens")
     add("--top-p", type=float, metavar="P", help="with --sample: draw from the fewest tokens that hold P of the probability")
     add("--repetition-penalty", type=float, metavar="R", help="above 1, what was said becomes less likely")
     add("--seed", type=int, help="makes --sample repeatable")
     add("--quiet", action="store_true", help="nothing on stderr but errors and warnings")
-    return parser.parse_args()
+    def refuse(message: str) -> None:  # instead of argparse's usage over several lines
+        raise ValueError(f"{message}; see --help")
+    parser.error = refuse
+    return parser.parse_intermixed_args()  # a prompt may come after an option
 
 def announce(model: AudioFlamingo3ForConditionalGeneration, heard: str, windows: int) -> None:
     """When the encoder begins, says what it hears; on several windows in a terminal, also which it is at."""
@@ -47,7 +48,8 @@ def announce(model: AudioFlamingo3ForConditionalGeneration, heard: str, windows:
             print(heard, file=sys.stderr)
         begun += len(inputs[0])
         if windows > 1 and sys.stderr.isatty():
-            print(f"\r\033[Kencoding window {begun} of {windows}", end="\r\033[K" * (begun == windows), file=sys.stderr, flush=True)
+            end = "\r\033[K" if begun == windows else ""
+            print(f"\r\033[Kencoding window {begun} of {windows}", end=end, file=sys.stderr, flush=True)
     model.audio_tower.register_forward_pre_hook(before_encoding)
 
 def answer(args: argparse.Namespace) -> None:
@@ -62,13 +64,12 @@ def answer(args: argparse.Namespace) -> None:
         seconds = int(inputs["feature_attention_mask"].sum()) / 100
         announce(model, f"heard {seconds:.1f} s: {windows} window{'s' * (windows > 1)}, {frames} audio frames", windows)
     if args.seed is not None:
-        torch.manual_seed(args.seed)
+        torch.manual_seed(args.seed % 2**64)
     characters = codecs.getincrementaldecoder("utf-8")("replace")  # holds a character back until its last byte is there
+    options = {name: getattr(args, name) for name in GenerationConfig.__dataclass_fields__ if name in args}
     start, times = time.perf_counter(), []
     try:
-        for ids in model.stream(**inputs.to(model.device), max_new_tokens=args.max_new_tokens, do_sample=args.sample,
-                                temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-                                repetition_penalty=args.repetition_penalty):
+        for ids in model.stream(**inputs.to(model.device), **options):
             times.append(time.perf_counter() - start)
             print(characters.decode(processor.tokenizer.token_bytes(ids, skip_special_tokens=True)), end="", flush=True)
     finally:
@@ -80,7 +81,7 @@ def answer(args: argparse.Namespace) -> None:
 
 def main() -> int:
     """0; 2 for bad input, with one line `error: …`; 130 when interrupted, with what was said so far kept."""
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_: print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
     try:
         answer(parse_arguments())
     except (ValueError, OSError) as error:

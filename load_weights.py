@@ -30,7 +30,7 @@ OLDER_NAMES = {"multi_modal_projector.layers.0": "multi_modal_projector.linear_1
 # ---- Where a checkpoint lies ----
 def find_checkpoint(name: str | Path) -> Path:
     """The directory `name`, or the local hub cache's snapshot of the hub model `name`. Nothing is downloaded."""
-    if Path(name).is_dir():
+    if str(name) and Path(name).is_dir():
         return Path(name)
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
@@ -90,7 +90,7 @@ def read_section(cls: type, section: dict, path: Path):
         if not isinstance(value, (int, float)) or value <= 0:
             raise ValueError(f"{path}: {name} is {value!r}; a number above 0 is expected.")
     if config.hidden_size % config.num_attention_heads:
-        raise ValueError(f"{path}: hidden_size {config.hidden_size} does not divide by its {config.num_attention_heads} heads.")
+        raise ValueError(f"{path}: hidden_size {config.hidden_size} does not divide by {config.num_attention_heads} heads.")
     return config
 
 def read_config(folder: Path, ids: dict[str, int]) -> AudioFlamingo3Config:
@@ -161,4 +161,4 @@ def load_model(path: str | Path, device_map: str | torch.device = "auto",
         model.load_state_dict(read_tensors(folder), strict=True, assign=True)
         return model.to(device_map, model.dtype if dtype == "auto" else dtype).requires_grad_(False).eval()
     except (RuntimeError, AssertionError) as error:  # tensors that do not fit, each by name; a device that is not there
-        raise ValueError(f"{folder}: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{folder} on {device_map}: {' '.join(str(error).split())}") from None

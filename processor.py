@@ -51,7 +51,7 @@ def load_audio(path: str | Path, sampling_rate: int = SAMPLE_RATE) -> np.ndarray
         found = read_wav(content + file.read(), path) if content[:4] == b"RIFF" else None
     rate, samples = found or read_wav(decode_with_ffmpeg(path), path) or (0, [])
     if not len(samples):
-        raise ValueError(f"{path}: no samples inside.")
+        raise ValueError(f"{path}: no samples inside that can be read.")
     return resample(torch.from_numpy(samples.mean(axis=1, dtype=np.float32)), rate, sampling_rate).numpy()
 
 def read_wav(content: bytes, path: Path) -> tuple[int, np.ndarray] | None:
@@ -94,7 +94,7 @@ def decode_with_ffmpeg(path: Path) -> bytes:
         result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: not a plain WAV file, and ffmpeg, which reads the others, is not installed.") from None
-    reason = (result.stderr.decode(errors="replace").strip().splitlines() or ["no audio inside"])[-1]
+    reason = (result.stderr.decode(errors="replace").strip().splitlines() or ["no audio inside"])[0]
     if len(result.stdout) < 44:  # not even a header
         raise ValueError(f"{path}: no audio that ffmpeg can read ({reason}).")
     if result.stderr:  # a cut-off file leaves with 0 too
@@ -129,8 +129,7 @@ def mel_filters() -> Tensor:
     """(128, 201) triangular filters from 0 to 8 kHz on Slaney's mel scale, each of unit area."""
     def hz(mel: Tensor) -> Tensor:  # linear to 1 kHz (15 mel), then 27 mel for each factor of 6.4
         return torch.where(mel < 15, mel * 200 / 3, 1000 * torch.exp((mel - 15) * math.log(6.4) / 27))
-    top = 15 + math.log(SAMPLE_RATE / 2 / 1000) * 27 / math.log(6.4)
-    edges = hz(torch.linspace(0, top, N_MELS + 2, dtype=torch.float64))
+    edges = hz(torch.linspace(0, 15 + math.log(SAMPLE_RATE / 2000) * 27 / math.log(6.4), N_MELS + 2, dtype=torch.float64))
     bins = torch.linspace(0, SAMPLE_RATE / 2, N_FFT // 2 + 1, dtype=torch.float64)
     rise = (bins - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
     fall = (edges[2:, None] - bins) / (edges[2:] - edges[1:-1])[:, None]
@@ -210,7 +209,7 @@ class Batch(dict):
         return Batch({name: x.to(device, dtype if x.is_floating_point() else None) for name, x in self.items()})
 
 def as_waveform(audio, name: str) -> Tensor:
-    """A float32 waveform (n,) of a file or of 16 kHz samples: an array, tensor or list; integers are scaled by their range."""
+    """A float32 waveform (n,) of a file, or of an array, tensor or list at 16 kHz; integers are scaled by their range."""
     if isinstance(audio, (str, Path)):
         audio, name = load_audio(audio), str(audio)
     if isinstance(audio, Tensor):
@@ -223,8 +222,8 @@ def as_waveform(audio, name: str) -> Tensor:
     if len(samples) < MIN_SAMPLES:
         raise ValueError(f"{name}: audio of {len(samples)} samples; at least {MIN_SAMPLES} (20 ms at 16 kHz) are expected.")
     samples = to_float(samples)
-    if not np.isfinite(samples).all():
-        raise ValueError(f"{name}: audio holds NaN or infinite samples; finite ones are expected.")
+    if not (np.abs(samples) < 2.0 ** 32).all():  # of larger ones the mel power is infinite
+        raise ValueError(f"{name}: audio holds NaN or infinite samples; finite ones, at most 1 in size, are expected.")
     return torch.from_numpy(samples)
 
 class AudioFlamingo3Processor:
@@ -370,7 +369,7 @@ class AudioFlamingo3Processor:
     def apply_transcription_request(self, audio, prompt: str | list[str] | None = None, **options) -> Batch:
         """`apply_chat_template` of one user turn for each audio, a file or a waveform; see there."""
         audios = [audio] if is_one_sound(audio) else list(audio)
-        texts = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt or self.default_transcription_prompt] * len(audios)
+        texts = prompt if isinstance(prompt, list) else [prompt or self.default_transcription_prompt] * len(audios)
         if len(texts) != len(audios):
             raise ValueError(f"Got {len(texts)} texts but {len(audios)} audios; they must match 1:1.")
         chats = [[{"role": "user", "content": [{"type": "audio", "audio": sound}, {"type": "text", "text": text}]}]

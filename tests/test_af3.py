@@ -148,7 +148,7 @@ def test_sound_ids_without_features_are_refused(model, processor):
 
 
 def test_a_sound_id_that_the_model_says_is_an_id_like_any_other(model):
-    cache = KeyValueCache(model.config.text_config, 1, 8, model.language_model.lm_head.weight)
+    cache = KeyValueCache(model.config.text_config, 1, 8, model.dtype, model.device)
     model.prefill(torch.tensor([[1, 2, 3]]), None, None, None, cache)
     logits = model.decode_one_token(torch.tensor([model.config.audio_token_id]), cache)
     assert logits.shape == (1, model.config.text_config.vocab_size) and logits.isfinite().all()
@@ -221,7 +221,7 @@ def test_the_loss_teaches_every_part(micro, processor):
 def test_prefill_in_two_parts_is_prefill_in_one(model, processor):
     batch = without_labels(run_inputs(processor, "five_seconds.left"))
     whole = model(**batch).logits[:, -1]
-    cache = KeyValueCache(model.config.text_config, 1, 200, model.language_model.lm_head.weight)
+    cache = KeyValueCache(model.config.text_config, 1, 200, model.dtype, model.device)
     cut = batch["input_ids"].shape[1] - 9
     model.prefill(batch["input_ids"][:, :cut], None, batch["input_features"], batch["feature_attention_mask"], cache)
     x, _, _ = model.prefill(batch["input_ids"][:, cut:], None, None, None, cache)

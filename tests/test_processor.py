@@ -295,7 +295,7 @@ def test_a_waveform_may_be_an_array_a_tensor_a_list_or_integers(processor):
 
 @pytest.mark.parametrize("audio, reason", [
     (np.zeros(320), "320 samples; at least 321"), (np.zeros(0), "0 samples"), ([], "0 samples"), (np.full(999, np.nan), "NaN or infinite"),
-    (np.full(999, np.inf), "NaN or infinite"), (np.zeros((2, 999)), r"shape \(2, 999\).*1-D"), (np.array(["a"] * 999), "floats or integers")])
+    (np.full(999, np.inf), "NaN or infinite"), (np.full(999, 1e30), "at most 1 in size"), (np.zeros((2, 999)), r"shape \(2, 999\).*1-D"), (np.array(["a"] * 999), "floats or integers")])
 def test_audio_that_cannot_be_heard_is_refused_with_the_reason(processor, audio, reason):
     with pytest.raises(ValueError, match=f"^Sample 0: .*{reason}"):
         processor("Hi", audio)
