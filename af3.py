@@ -126,14 +126,14 @@ class KeyValueCache:
         self.used = 0  # slots
 
 def rotary_tables(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin (B, 1, T, D) of positions (B, T); the angles are float32, the tables rounded to `dtype`."""
+    """cos and signed sin (B, 1, T, D) of positions (B, T); the angles are float32, the tables rounded to `dtype`."""
     frequencies = 1.0 / base ** (torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
-    angles = (positions[:, None, :, None].float() * frequencies).repeat(1, 1, 1, 2)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    angles = positions[:, None, :, None].float() * frequencies
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin  # rolled by half a head: each number beside its pair
 
 class Qwen2RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
@@ -197,14 +197,14 @@ class Qwen2Model(nn.Module):
 
     def forward(self, x: Tensor, real: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Hidden states (B, T, H) of embeddings x (B, T, H), padded on the right where `real` (B, T) is False."""
-        tokens, cached, visible = x.shape[1], [None] * len(self.layers), real
+        tokens, mask, cached, visible = x.shape[1], None, [None] * len(self.layers), real
         if cache is not None:  # these tokens take the next free slots; each layer writes its keys and values there
             cache.visible[:, cache.used:cache.used + tokens] = real
             cache.used += tokens
             cached, visible = cache.keys_values[..., :cache.used, :], cache.visible[:, :cache.used]
-        slots = torch.arange(visible.shape[1], device=x.device)
-        mask = None  # without a past causality suffices, as padding is on the right; one token after a past sees it all
-        if len(slots) > tokens and not (tokens == 1 and bool(visible.all())):
+        # without a past causality suffices, as padding is on the right; one token after a past without gaps sees it all
+        if visible.shape[1] > tokens and not (tokens == 1 and bool(visible.all())):
+            slots = torch.arange(visible.shape[1], device=x.device)
             mask = (visible[:, None] & (slots <= slots[-tokens:, None]))[:, None]  # (B, 1, T, slots)
         positions = visible.cumsum(-1)[:, -tokens:] - 1
         rope = rotary_tables(positions, self.config.head_dim, self.config.rope_theta, x.dtype)

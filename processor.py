@@ -141,7 +141,7 @@ def log_mel(window: Tensor) -> Tensor:
     Two frames past the last real one still touch samples; all that follow are one constant, and only the first is here.
     """
     frames = min(-(-len(window) // HOP) + 3, N_MEL_FRAMES)
-    padded = F.pad(window, (0, N_SAMPLES - len(window)))
+    padded = F.pad(window, (0, min(N_SAMPLES - len(window), 4 * N_FFT)))  # further zeros would reach no frame
     padded = F.pad(padded[None], (N_FFT // 2, N_FFT // 2), mode="reflect")[0, :(frames - 1) * HOP + N_FFT]
     spectrum = torch.stft(padded, N_FFT, HOP, window=torch.hann_window(N_FFT), center=False, return_complex=True)
     log = (mel_filters() @ spectrum.abs().square()).clamp(min=1e-10).log10()
