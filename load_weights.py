@@ -67,9 +67,9 @@ def read_token_ids(folder: Path) -> dict[str, int]:
 
 def named_ids(folder: Path, ids: dict[str, int]) -> dict[str, int]:
     """The ids of the tokens that tokenizer_config.json names: pad_token_id, then eos_token_id. Refuses one not in `ids`."""
-    path, named = folder / "tokenizer_config.json", {}
+    config, named = read_json(path := folder / "tokenizer_config.json"), {}
     for key in ("pad_token", "eos_token"):
-        token = read_json(path).get(key)
+        token = config.get(key)
         token = token["content"] if isinstance(token, dict) else token
         if token not in ids or "<sound>" not in ids:
             raise ValueError(f"{path}: {key} is {token!r}; tokenizer.json beside it must add that and <sound>.")

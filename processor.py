@@ -135,12 +135,15 @@ def mel_filters() -> Tensor:
     fall = (edges[2:, None] - bins) / (edges[2:] - edges[1:-1])[:, None]
     return (torch.minimum(rise, fall).clamp(min=0) * 2 / (edges[2:] - edges[:-2])[:, None]).float()
 
+def mel_frame_count(samples: int) -> int:
+    return -(-samples // HOP)
+
 def log_mel(window: Tensor) -> Tensor:
     """(128, mel frames) float32 of up to 30 s of samples (n,): Whisper's log-mel of the window padded to 30 s.
 
     Two frames past the last real one still touch samples; all that follow are one constant, and only the first is here.
     """
-    frames = min(-(-len(window) // HOP) + 3, N_MEL_FRAMES)
+    frames = min(mel_frame_count(len(window)) + 3, N_MEL_FRAMES)
     padded = F.pad(window, (0, min(N_SAMPLES - len(window), 4 * N_FFT)))  # further zeros would reach no frame
     padded = F.pad(padded[None], (N_FFT // 2, N_FFT // 2), mode="reflect")[0, :(frames - 1) * HOP + N_FFT]
     spectrum = torch.stft(padded, N_FFT, HOP, window=torch.hann_window(N_FFT), center=False, return_complex=True)
@@ -149,10 +152,9 @@ def log_mel(window: Tensor) -> Tensor:
 
 def feature_batch(windows: list[Tensor]) -> tuple[Tensor, Tensor]:
     """input_features (W, 128, 3000) float32 and feature_attention_mask (W, 3000) int64, 1 on frames of real samples."""
-    mels = [log_mel(window) for window in windows]
-    features = torch.stack([F.pad(mel, (0, N_MEL_FRAMES - mel.shape[1]), mode="replicate") for mel in mels])
-    mel_frames = torch.tensor([-(-len(window) // HOP) for window in windows])
-    return features, (torch.arange(N_MEL_FRAMES) < mel_frames[:, None]).long()
+    mels = (F.pad(mel, (0, N_MEL_FRAMES - mel.shape[1]), mode="replicate") for mel in map(log_mel, windows))
+    mel_frames = torch.tensor([mel_frame_count(len(window)) for window in windows])
+    return torch.stack([*mels]), (torch.arange(N_MEL_FRAMES) < mel_frames[:, None]).long()
 
 # ---- Words <-> ids ----
 class Tokenizer:
@@ -170,8 +172,7 @@ class Tokenizer:
         self.bpe = tiktoken.Encoding(str(folder), pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
         self.added = {token["content"]: token["id"] for token in content["added_tokens"]}
         self.special = {token["id"] for token in content["added_tokens"] if token["special"]}
-        self.bytes_of = {rank: token for token, rank in ranks.items()}
-        self.bytes_of |= {id: token.encode() for token, id in self.added.items()}
+        self.bytes_of = {id: token for token, id in ranks.items()} | {id: token.encode() for token, id in self.added.items()}
         self.any_added = re.compile("(" + "|".join(map(re.escape, self.added)) + ")")
         self.pad_token_id, self.eos_token_id = named_ids(folder, self.added).values()
 
@@ -269,8 +270,7 @@ class AudioFlamingo3Processor:
     def _heard(self, audio, name: str) -> Tensor:
         waveform, most = as_waveform(audio, name), max(1, self.max_audio_len // WINDOW_SECONDS) * N_SAMPLES
         if len(waveform) > most:
-            seconds, limit = len(waveform) / SAMPLE_RATE, most / SAMPLE_RATE
-            warnings.warn(f"{seconds:.1f} s of audio: only the first {limit:.1f} s are heard")
+            warnings.warn(f"{len(waveform) / SAMPLE_RATE:.1f} s of audio: only the first {most / SAMPLE_RATE:.1f} s are heard")
         return waveform[:most]
 
     def _expand(self, pieces: list[str | int], sounds: list[Tensor]) -> list[str | int]:
@@ -278,7 +278,7 @@ class AudioFlamingo3Processor:
         expanded, waiting = [], iter(sounds)
         for piece in pieces:
             sound = next(waiting, None) if piece == self.audio_token_id else None
-            expanded += [piece] if sound is None else [piece] * frame_counts(-(-len(sound) // HOP))[1]
+            expanded += [piece] if sound is None else [piece] * frame_counts(mel_frame_count(len(sound)))[1]
         return expanded
 
     def _batch(self, rows, sampling_rate, padding_side, tensor_type, output_labels) -> Batch:
