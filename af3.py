@@ -256,12 +256,12 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
             "model": Qwen2Model(text), "lm_head": nn.Linear(text.hidden_size, text.vocab_size, bias=False)})
 
     @classmethod
-    def from_pretrained(cls, path, device_map="auto", dtype="auto") -> "AudioFlamingo3ForConditionalGeneration":
+    def from_pretrained(cls, path, device_map="auto", dtype="auto", int8=False) -> "AudioFlamingo3ForConditionalGeneration":
         from load_weights import load_model  # its docstring says what the arguments mean
-        return load_model(path, device_map, dtype)
+        return load_model(path, device_map, dtype, int8)
 
-    device = property(lambda self: self.language_model.lm_head.weight.device)
-    dtype = property(lambda self: self.language_model.lm_head.weight.dtype)
+    device = property(lambda self: self.language_model.model.embed_tokens.weight.device)
+    dtype = property(lambda self: self.language_model.model.embed_tokens.weight.dtype)
 
     def get_audio_features(self, input_features: Tensor, feature_attention_mask: Tensor) -> Tensor:
         """Projected audio frames (sum of K, text H): the real ones of all windows, in order."""

@@ -5,13 +5,14 @@ original layout (`nvidia/audio-flamingo-3`): llm/, sound_tower/ and sound_mm_pro
 """
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 from af3 import (AudioFlamingo3Config, AudioFlamingo3EncoderConfig, AudioFlamingo3ForConditionalGeneration,
                  GenerationConfig, Qwen2Config)
@@ -126,26 +127,54 @@ def shard_paths(folder: Path) -> list[Path]:
         return [folder / "model.safetensors"]
     return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor under the model's name for it, memory-mapped: nothing is read before it is used."""
-    tensors = {}
+def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor under the model's name for it, memory-mapped: none is read before it is used, and each leaves by itself."""
     for part, prefix in (PARTS if is_original(folder) else {"": ""}).items():
         for path in shard_paths(folder / part):
             try:
-                found = load_file(path)
+                for name in safe_open(path, "pt").keys():
+                    module, _, kind = (prefix + name).rpartition(".")
+                    yield f"{OLDER_NAMES.get(module, module)}.{kind}", safe_open(path, "pt").get_tensor(name)
             except SafetensorError as error:
                 raise ValueError(f"{path}: not a whole safetensors file ({error}).") from None
-            for name, tensor in found.items():
-                module, _, kind = (prefix + name).rpartition(".")
-                tensors[f"{OLDER_NAMES.get(module, module)}.{kind}"] = tensor
-    return tensors
 
-def load_model(path: str | Path, device_map: str | torch.device = "auto",
-               dtype: torch.dtype | str = "auto") -> AudioFlamingo3ForConditionalGeneration:
+# ---- Half the memory ----
+AT_ONCE = 1 << 21  # of a weight's numbers are converted: a few MB, which stay in the processor's cache
+
+class Int8Linear(nn.Module):
+    """A linear layer whose weight (out, in) is int8, with one scale an output row: half of bfloat16's bytes."""
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.register_buffer("weight", torch.empty_like(linear.weight, dtype=torch.int8))
+        self.register_buffer("scale", torch.empty_like(linear.weight[:, 0]))
+        self.bias, self.rows = linear.bias, max(1, AT_ONCE // linear.in_features)
+        for rows, weight, scale in zip(*(x.split(self.rows) for x in (linear.weight, self.weight, self.scale))):
+            rows = rows.float()
+            scale.copy_(rows.abs().amax(1) / 127).clamp_(min=torch.finfo(scale.dtype).tiny)
+            weight.copy_((rows / scale[:, None]).round_())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cpu and x[..., 0].numel() <= 8:  # few tokens: the time is that of reading the weight
+            y = torch.ops.aten._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale).unflatten(0, x.shape[:-1])
+        else:
+            y = torch.cat([F.linear(x, rows.to(x.dtype)) for rows in self.weight.split(self.rows)], -1) * self.scale
+        return y if self.bias is None else y + self.bias
+
+def quantise_linears(module: nn.Module) -> None:
+    """Puts an `Int8Linear` in the place of every linear layer, a few at a time, so that memory never holds both of all."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.Linear):
+            setattr(module, name, Int8Linear(child))
+        else:
+            quantise_linears(child)
+
+def load_model(path: str | Path, device_map: str | torch.device = "auto", dtype: torch.dtype | str = "auto",
+               int8: bool = False) -> AudioFlamingo3ForConditionalGeneration:
     """The model of a checkpoint directory in either layout, or of a hub name; for inference.
 
     device_map: "auto" is CUDA, else MPS, else the CPU. dtype: "auto" is the checkpoint's own, else a torch.dtype or its
-    name. Raises FileNotFoundError or ValueError, naming file, field or tensor; nothing half-loaded is returned.
+    name. int8: the decoder's linear layers are quantised. Raises FileNotFoundError or ValueError, naming file, field or
+    tensor; nothing half-loaded is returned.
     """
     folder = find_checkpoint(path)
     dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
@@ -158,7 +187,10 @@ def load_model(path: str | Path, device_map: str | torch.device = "auto",
         model = AudioFlamingo3ForConditionalGeneration(read_config(folder, ids))
     model.generation_config = read_generation_config(folder, ids)
     try:
-        model.load_state_dict(read_tensors(folder), strict=True, assign=True)
-        return model.to(device_map, model.dtype if dtype == "auto" else dtype).requires_grad_(False).eval()
+        model.load_state_dict(dict(read_tensors(folder)), strict=True, assign=True)
+        model.requires_grad_(False).eval()
+        if int8:
+            quantise_linears(model.language_model)
+        return model.to(device_map, model.dtype if dtype == "auto" else dtype)
     except (RuntimeError, AssertionError) as error:  # tensors that do not fit, each by name; a device that is not there
         raise ValueError(f"{folder} on {device_map}: {' '.join(str(error).split())}") from None

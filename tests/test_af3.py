@@ -123,6 +123,23 @@ def test_the_encoder_casts_features_to_its_own_dtype(micro, processor):
     assert rounded.get_audio_features(batch["input_features"], batch["feature_attention_mask"]).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_nothing_grows_with_the_square_of_the_length(model, rows):
+    ids = torch.randint(100, (rows, 4000), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[-1, :100 * (rows - 1)] = 0
+    with torch.profiler.profile(profile_memory=True) as profile:
+        list(model.stream(ids, mask, max_new_tokens=2, eos_token_id=[]))
+    assert max(event.self_cpu_memory_usage for event in profile.events()) < 4000 * 4000  # bytes of the largest allocation
+
+
+def test_the_encoder_holds_eight_windows_however_many_there_are(model, monkeypatch):
+    seen, encode = [], model.audio_tower.forward
+    monkeypatch.setattr(model.audio_tower, "forward", lambda *inputs: (seen.append(len(inputs[0])), encode(*inputs))[1])
+    model.get_audio_features(torch.zeros(20, 128, 3000), torch.ones(20, 3000, dtype=torch.long))
+    assert seen == [8, 8, 4]
+
+
 # ---- Splice ----
 
 def test_each_sound_slot_takes_one_audio_frame_in_order_in_place(model, processor):

@@ -45,6 +45,13 @@ def test_tiny_answers_its_samples(name):
     assert heard.startswith("heard ") and "1 window, " in heard and said.startswith("said ") and "tokens/s" in said
 
 
+@pytest.mark.parametrize("name", SAMPLES)
+def test_tiny_answers_its_samples_in_int8_too(run, name):
+    prompt, answer = SAMPLES[name]
+    status, out, _ = run(TINY / "samples" / name, *([prompt] if prompt else []), "--int8", model=TINY)
+    assert (status, out) == (0, answer + "\n")
+
+
 def test_quiet_says_nothing_but_the_answer():
     result = command(TINY / "samples" / "digits.wav", "--quiet")
     assert (result.returncode, result.stdout, result.stderr) == (0, "seven three one\n", "")
