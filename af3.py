@@ -81,10 +81,10 @@ class AudioFlamingo3EncoderLayer(nn.Module):
 class AudioFlamingo3Encoder(nn.Module):
     def __init__(self, config: AudioFlamingo3EncoderConfig):
         super().__init__()
-        hidden = config.hidden_size
+        hidden = config.hidden_size  # embeddings start as zeros: the random start of nn.Embedding takes a second of imports
         self.conv1 = nn.Conv1d(config.num_mel_bins, hidden, kernel_size=3, padding=1)
         self.conv2 = nn.Conv1d(hidden, hidden, kernel_size=3, stride=2, padding=1)
-        self.embed_positions = nn.Embedding(config.max_source_positions, hidden)
+        self.embed_positions = nn.Embedding.from_pretrained(torch.zeros(config.max_source_positions, hidden), freeze=False)
         self.layers = nn.ModuleList(AudioFlamingo3EncoderLayer(config) for _ in range(config.num_hidden_layers))
         self.layer_norm = nn.LayerNorm(hidden)
 
@@ -191,7 +191,7 @@ class Qwen2Model(nn.Module):
     def __init__(self, config: Qwen2Config):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.zeros(config.vocab_size, config.hidden_size), freeze=False)
         self.layers = nn.ModuleList(Qwen2DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = Qwen2RMSNorm(config.hidden_size, config.rms_norm_eps)
 

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from af3 import AudioFlamingo3ForConditionalGeneration
+from load_weights import Int8Linear
 from processor import SAMPLE_RATE, AudioFlamingo3Processor
 
 PROMPT = "Describe the audio in detail."
@@ -103,26 +104,29 @@ def time_side(side: Ours | Theirs, waveform: np.ndarray, tokens: int) -> tuple[f
 
 def bare_loop(model: AudioFlamingo3ForConditionalGeneration) -> tuple[Callable[[], None], int]:
     """A call of the decoder's matrix-vector products and nothing else, and the bytes of their matrices."""
-    products = [m for m in model.language_model.modules() if isinstance(m, torch.nn.Linear)]
-    inputs = [torch.randn(1, m.in_features, dtype=model.dtype, device=model.device) for m in products]
+    products = [m for m in model.language_model.modules() if isinstance(m, torch.nn.Linear | Int8Linear)]
+    inputs = [torch.randn(1, m.weight.shape[1], dtype=model.dtype, device=model.device) for m in products]
 
     def call() -> None:
         for module, x in zip(products, inputs):
-            F.linear(x, module.weight)
+            if isinstance(module, Int8Linear):
+                torch.ops.aten._weight_int8pack_mm(x, module.weight, module.scale)
+            else:
+                F.linear(x, module.weight)
     return call, sum(m.weight.numel() * m.weight.element_size() for m in products)
 
 
 @torch.inference_mode()
-def measure(args: argparse.Namespace, weights: str) -> list[str]:
-    """The table's rows of one kind of weights, one for each length of sound."""
-    model = AudioFlamingo3ForConditionalGeneration.from_pretrained(args.checkpoint, args.device, args.dtype)
+def measure(args: argparse.Namespace, int8: bool) -> tuple[list[str], torch.Tensor]:
+    """The table's rows of one kind of weights, one for each length of sound, and the logits after the last prompt."""
+    model = AudioFlamingo3ForConditionalGeneration.from_pretrained(args.checkpoint, args.device, args.dtype, int8)
     sides, peaks = [Ours(model, args.checkpoint)], []
     bare, size = bare_loop(model)
     for seconds in args.seconds:  # a first time without company, which also warms up
         time_side(sides[0], sound(seconds), args.tokens)
         peaks.append(torch.cuda.max_memory_allocated() / 1e9 if model.device.type == "cuda"
                      else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
-    if not args.alone:
+    if not args.alone and not int8:
         try:
             sides.append(Theirs(model, args.checkpoint))
         except ImportError:
@@ -139,11 +143,12 @@ def measure(args: argparse.Namespace, weights: str) -> list[str]:
             loops.append((finish(model.device) - start) / (args.tokens - 1))
         encoder, first, each = zip(*([statistics.median(column) for column in zip(*times)] for times in rounds))
         loop = statistics.median(loops)
-        cells = [args.checkpoint, weights, f"{seconds:g} s", compare(encoder), compare(first),
+        cells = [args.checkpoint, "int8" if int8 else str(model.dtype)[6:], f"{seconds:g} s", compare(encoder), compare(first),
                  compare([1 / token for token in each], more_is_better=True),
                  f"{size / each[0] / 1e9:.1f} of {size / loop / 1e9:.1f} = {loop / each[0]:.0%}", f"{peak:.2f} GB"]
         rows.append("| " + " | ".join(cells) + " |")
-    return rows
+    x, real, _ = model.prefill(**sides[0].inputs(sound(args.seconds[0])))
+    return rows, model.language_model.lm_head(x[0, real[0]][-16:]).float().cpu()
 
 
 def compare(values: list[float], more_is_better: bool = False) -> str:
@@ -167,9 +172,15 @@ def main() -> None:
     parser.add_argument("--alone", action="store_true", help="without transformers")
     args = parser.parse_args()
     print("| checkpoint | decoder | sound | encoder, s | first token, s | tokens/s | GB/s of bare | peak |\n" + "|---" * 8 + "|")
-    for weights in ["as loaded", "int8"][:1 + args.int8]:
+    logits = []
+    for int8 in [False, True][:1 + args.int8]:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            print(*process.submit(measure, args, weights).result(), sep="\n", flush=True)
+            rows, last = process.submit(measure, args, int8).result()
+        print(*rows, sep="\n", flush=True)
+        logits.append(last)
+    if args.int8:
+        error = (logits[1] - logits[0]).norm() / logits[0].norm()
+        print(f"\nint8 logits, the prompt's last 16 positions: {error:.2%} from the others (norm of the difference over norm)")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What a checkpoint answers to recordings kept apart: digits alone, strings of digits, kinds of sound, music.
 
-    python tiny/score.py --speech FSDD --sounds ESC10 [--takes 45 46 47 48 49] [--fold 4] [--dtype float32] [MODEL]
+    python tiny/score.py --speech FSDD --sounds ESC10 [--takes 45 46 47 48 49] [--fold 4] [--dtype float32] [--int8] [MODEL]
 """
 import argparse
 import random
@@ -47,11 +47,12 @@ def main() -> None:
     parser.add_argument("--takes", type=int, nargs="+", default=[45, 46, 47, 48, 49])
     parser.add_argument("--fold", type=int, default=4)
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--int8", action="store_true")
     parser.add_argument("--strings", type=int, default=200)
     args = parser.parse_args()
     rng = random.Random(0)
     processor = AudioFlamingo3Processor.from_pretrained(args.model)
-    model = AudioFlamingo3ForConditionalGeneration.from_pretrained(args.model, dtype=args.dtype)
+    model = AudioFlamingo3ForConditionalGeneration.from_pretrained(args.model, dtype=args.dtype, int8=args.int8)
     takes: dict[str, dict[int, list[np.ndarray]]] = {}
     for path in sorted(args.speech.glob("*.wav")):
         digit, speaker, take = path.stem.split("_")
