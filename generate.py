@@ -7,7 +7,6 @@ examples:
   python generate.py song.ogg "Describe the song." --sample --temperature 0.7 --top-p 0.9 --seed 1
 """
 import argparse
-import codecs
 import sys
 import time
 import warnings
@@ -40,19 +39,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.error = refuse
     return parser.parse_intermixed_args()  # a prompt may come after an option
 
-def announce(model: AudioFlamingo3ForConditionalGeneration, heard: str, windows: int) -> None:
-    """When the encoder begins, says what it hears; on several windows in a terminal, also which it is at."""
-    begun = 0
-    def before_encoding(_, inputs: tuple) -> None:
-        nonlocal begun
-        if begun == 0:
-            print(heard, file=sys.stderr)
-        begun += len(inputs[0])
-        if windows > 1 and sys.stderr.isatty():
-            end = "\r\033[K" if begun == windows else ""
-            print(f"\r\033[Kencoding window {begun} of {windows}", end=end, file=sys.stderr, flush=True)
-    model.audio_tower.register_forward_pre_hook(before_encoding)
-
 def answer(args: argparse.Namespace) -> None:
     """Prints the answer as it comes; unless --quiet, one line of what was heard and one of what was done."""
     if (args.prompt or "").startswith("<|im_start|>"):
@@ -63,19 +49,19 @@ def answer(args: argparse.Namespace) -> None:
     if not args.quiet:
         windows, frames = len(inputs["input_features"]), int((inputs["input_ids"] == processor.audio_token_id).sum())
         seconds = int(inputs["feature_attention_mask"].sum()) / 100
-        announce(model, f"heard {seconds:.1f} s: {windows} window{'s' * (windows > 1)}, {frames} audio frames", windows)
+        heard = f"heard {seconds:.1f} s: {windows} window{'s' * (windows > 1)}, {frames} audio frames"
+        hook = model.audio_tower.register_forward_pre_hook(lambda *_: hook.remove() or print(heard, file=sys.stderr))
     if args.seed is not None:
         torch.manual_seed(args.seed % 2**64)
-    characters = codecs.getincrementaldecoder("utf-8")("replace")  # holds a character back until its last byte is there
     options = {name: getattr(args, name) for name in GenerationConfig.__dataclass_fields__ if name in args}
     start, times = time.perf_counter(), []
     try:
-        for ids in model.stream(**inputs.to(model.device), **options):
-            times.append(time.perf_counter() - start)
-            print(characters.decode(processor.tokenizer.token_bytes(ids, skip_special_tokens=True)), end="", flush=True)
+        steps = (times.append(time.perf_counter() - start) or ids for ids in model.stream(**inputs.to(model.device), **options))
+        for text in processor.stream_text(steps):
+            print(text, end="", flush=True)
     finally:
         if times:
-            print(characters.decode(b"", final=True), flush=True)
+            print(flush=True)
     if not args.quiet:
         rate = f", then {(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s" if len(times) > 1 else ""
         print(f"said {len(times)} tokens: the first after {times[0]:.2f} s{rate}", file=sys.stderr)

@@ -50,11 +50,9 @@ def tokenizer_folder(folder: Path) -> Path:
 
 # ---- What its configuration says ----
 def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises FileNotFoundError or ValueError, naming the file."""
+    """The object in a JSON file. Raises OSError or ValueError, naming the file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file.") from None
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}).") from None
     if not isinstance(content, dict):
@@ -100,37 +98,31 @@ def read_config(folder: Path, ids: dict[str, int]) -> AudioFlamingo3Config:
     config = read_json(path)
     if config.get("model_type") not in ("audioflamingo3", "llava_llama"):  # hub, original
         raise ValueError(f"{path}: model_type is {config.get('model_type')!r}; an audioflamingo3 checkpoint is expected.")
-    sections = {name: config | (config.get(name) or {}) for name in ("audio_config", "text_config")}
-    paths = dict.fromkeys(sections, path)
     if is_original(folder):
-        paths = {"audio_config": folder / "sound_tower" / "config.json", "text_config": folder / "llm" / "config.json"}
-        sections = {name: read_json(file) for name, file in paths.items()}
-    audio = read_section(AudioFlamingo3EncoderConfig, sections["audio_config"], paths["audio_config"])
-    text = read_section(Qwen2Config, sections["text_config"], paths["text_config"])
+        audio_path, path = folder / "sound_tower" / "config.json", folder / "llm" / "config.json"
+        audio, text = read_json(audio_path), read_json(path)
+    else:
+        audio_path, audio, text = path, config | (config.get("audio_config") or {}), config | (config.get("text_config") or {})
+    audio, text = read_section(AudioFlamingo3EncoderConfig, audio, audio_path), read_section(Qwen2Config, text, path)
     sound = config.get("audio_token_id", ids.get("<sound>"))
     if (text.vocab_size, sound) != (len(ids), ids.get("<sound>")):
-        raise ValueError(f"{paths['text_config']}: vocab_size is {text.vocab_size} and <sound> is {sound}; "
+        raise ValueError(f"{path}: vocab_size is {text.vocab_size} and <sound> is {sound}; "
                          f"tokenizer.json beside it has {len(ids)} tokens, of which <sound> is {ids.get('<sound>')}.")
     return AudioFlamingo3Config(audio, text, sound)
 
 def read_generation_config(folder: Path, ids: dict[str, int]) -> GenerationConfig:
     """generation_config.json's fields; end and padding ids it does not give are the tokenizer's."""
-    path = tokenizer_folder(folder) / "generation_config.json"
+    path = folder / "generation_config.json"
     given = known_fields(GenerationConfig, read_json(path)) if path.exists() else {}
-    return GenerationConfig(**named_ids(path.parent, ids) | given)
+    return GenerationConfig(**named_ids(folder, ids) | given)
 
 # ---- What its tensors are ----
-def shard_paths(folder: Path) -> list[Path]:
-    """The safetensors files of one folder: all that its index names, or the only one."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return [folder / "model.safetensors"]
-    return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Every tensor under the model's name for it, memory-mapped: none is read before it is used, and each leaves by itself."""
     for part, prefix in (PARTS if is_original(folder) else {"": ""}).items():
-        for path in shard_paths(folder / part):
+        index = folder / part / "model.safetensors.index.json"
+        shards = set(read_json(index)["weight_map"].values()) if index.exists() else ["model.safetensors"]
+        for path in (folder / part / shard for shard in shards):
             try:
                 for name in safe_open(path, "pt").keys():
                     module, _, kind = (prefix + name).rpartition(".")
@@ -160,14 +152,6 @@ class Int8Linear(nn.Module):
             y = torch.cat([F.linear(x, rows.to(x.dtype)) for rows in self.weight.split(self.rows)], -1) * self.scale
         return y if self.bias is None else y + self.bias
 
-def quantise_linears(module: nn.Module) -> None:
-    """Puts an `Int8Linear` in the place of every linear layer, a few at a time, so that memory never holds both of all."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.Linear):
-            setattr(module, name, Int8Linear(child))
-        else:
-            quantise_linears(child)
-
 def load_model(path: str | Path, device_map: str | torch.device = "auto", dtype: torch.dtype | str = "auto",
                int8: bool = False) -> AudioFlamingo3ForConditionalGeneration:
     """The model of a checkpoint directory in either layout, or of a hub name; for inference.
@@ -185,12 +169,14 @@ def load_model(path: str | Path, device_map: str | torch.device = "auto", dtype:
     ids = read_token_ids(tokenizer_folder(folder))
     with torch.device("meta"):
         model = AudioFlamingo3ForConditionalGeneration(read_config(folder, ids))
-    model.generation_config = read_generation_config(folder, ids)
+    model.generation_config = read_generation_config(tokenizer_folder(folder), ids)
     try:
         model.load_state_dict(dict(read_tensors(folder)), strict=True, assign=True)
         model.requires_grad_(False).eval()
-        if int8:
-            quantise_linears(model.language_model)
+        for module in model.language_model.modules() if int8 else ():
+            for name, layer in module.named_children():
+                if isinstance(layer, nn.Linear):
+                    setattr(module, name, Int8Linear(layer))  # and the layer leaves memory
         return model.to(device_map, model.dtype if dtype == "auto" else dtype)
     except (RuntimeError, AssertionError) as error:  # tensors that do not fit, each by name; a device that is not there
         raise ValueError(f"{folder} on {device_map}: {' '.join(str(error).split())}") from None

@@ -3,6 +3,7 @@
 In the order the data meets it: a file becomes a 16 kHz waveform, the waveform 30 s windows of log-mel, words become ids,
 and `AudioFlamingo3Processor` lays both out in the chat template, with one `<sound>` id for each audio frame to come.
 """
+import codecs
 import json
 import math
 import re
@@ -10,6 +11,7 @@ import struct
 import subprocess
 import unicodedata
 import warnings
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
@@ -20,6 +22,7 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from af3 import frame_counts
 from load_weights import find_checkpoint, named_ids, read_json, tokenizer_folder
@@ -102,10 +105,7 @@ def decode_with_ffmpeg(path: Path) -> bytes:
     return result.stdout
 
 def resample(waveform: Tensor, rate: int, target: int) -> Tensor:
-    """(n,) at `rate` -> (ceil(n * target / rate),) at `target`, without delay: the spectrum is cut or padded.
-
-    The uppermost 6% of the band they share fade out, so that a click does not ring.
-    """
+    """(n,) at `rate` -> (ceil(n * target / rate),) at `target`, without delay: the spectrum is cut off or padded."""
     if rate == target:
         return waveform
     up, down = target // math.gcd(rate, target), rate // math.gcd(rate, target)
@@ -113,6 +113,7 @@ def resample(waveform: Tensor, rate: int, target: int) -> Tensor:
     step = 1 << max(0, whole.bit_length() - 4)            # lengths of small factors, which the FFT likes
     blocks = (whole // step + 2) * step                   # with silence behind, so that the end does not reach the start
     bins = blocks * min(up, down) // 2 + 1
+    # the uppermost 6% of the band that both share fade out, so that a click does not ring
     fade = torch.cos(torch.linspace(-0.94, 0.06, bins).clamp(min=0) * math.pi / 0.12).square()
     spectrum = torch.fft.rfft(waveform, blocks * down)[:bins] * fade
     return torch.fft.irfft(spectrum, blocks * up)[:-(-len(waveform) * up // down)] * (up / down)
@@ -281,13 +282,9 @@ class AudioFlamingo3Processor:
             raise ValueError(f"sampling_rate is {sampling_rate}; {SAMPLE_RATE} Hz is expected. Resample, or use load_audio.")
         if padding_side not in ("left", "right") or tensor_type != "pt" or not rows:
             raise ValueError("padding_side must be 'left' or 'right', tensor_type 'pt', and at least one prompt given.")
-        sequences = [self.tokenizer.encode_template(self._expand(*row)) for row in rows]
-        longest = max(map(len, sequences))
-        ids = torch.full((len(rows), longest), self.tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for row, sequence in enumerate(sequences):
-            real = slice(0, len(sequence)) if padding_side == "right" else slice(longest - len(sequence), longest)
-            ids[row, real], mask[row, real] = torch.tensor(sequence), 1
+        sequences = [torch.tensor(self.tokenizer.encode_template(self._expand(*row))) for row in rows]
+        ids = pad_sequence(sequences, True, self.tokenizer.pad_token_id, padding_side)
+        mask = pad_sequence([torch.ones_like(ids) for ids in sequences], True, 0, padding_side)
         batch = Batch(input_ids=ids, attention_mask=mask)
         if output_labels:
             batch["labels"] = ids.masked_fill((mask == 0) | (ids == self.audio_token_id), -100)
@@ -301,9 +298,9 @@ class AudioFlamingo3Processor:
         """One user turn a prompt, ready for the answer: input_ids and attention_mask (B, T) int64; with audio also
         input_features (W, 128, 3000) float32 and feature_attention_mask (W, 3000) int64, W windows of the whole batch.
 
-        audio: one waveform a prompt, 1-D at 16 kHz. `<sound>` in a prompt places one window; without any, all stand in
-        front. A prompt that starts with `<|im_start|>` is a finished template, special tokens included.
-        output_labels adds labels (B, T), -100 on audio and padding. Raises ValueError.
+        audio: one a prompt, 1-D at 16 kHz or a file. `<sound>` in a prompt places one window; without any, all stand in
+        front. A prompt that starts with `<|im_start|>` is a finished template. output_labels: labels (B, T), -100 on
+        audio and padding. Raises ValueError.
         """
         texts = [text] if isinstance(text, str) else list(text)
         audios = None if audio is None else [audio] if is_one_sound(audio) else list(audio)
@@ -361,14 +358,17 @@ class AudioFlamingo3Processor:
         return pieces + ([self.start, "assistant\n"] if add_generation_prompt else []), sounds
 
     def apply_transcription_request(self, audio, prompt: str | list[str] | None = None, **options) -> Batch:
-        """`apply_chat_template` of one user turn for each audio, a file or a waveform; see there."""
+        """`__call__` with "Transcribe the input speech." or `prompt` for each audio, a file or a waveform; see there."""
         audios = [audio] if is_one_sound(audio) else list(audio)
         texts = prompt if isinstance(prompt, list) else [prompt or self.default_transcription_prompt] * len(audios)
-        if len(texts) != len(audios):
-            raise ValueError(f"Got {len(texts)} texts but {len(audios)} audios; they must match 1:1.")
-        chats = [[{"role": "user", "content": [{"type": "audio", "audio": sound}, {"type": "text", "text": text}]}]
-                 for sound, text in zip(audios, texts)]
-        return self.apply_chat_template(chats, add_generation_prompt=True, **options)
+        return self(texts, audios, **options)
+
+    def stream_text(self, steps: Iterable[Tensor]) -> Iterator[str]:
+        """The text that each of `model.stream`'s steps adds to its first row; a character waits for its last byte."""
+        characters = codecs.getincrementaldecoder("utf-8")("replace")
+        for ids in steps:
+            yield characters.decode(self.tokenizer.token_bytes(ids[:1], skip_special_tokens=True))
+        yield characters.decode(b"", final=True)
 
     def batch_decode(self, ids, *options, **named_options) -> list[str]:
         """The text of each row of ids; see `decode`."""
