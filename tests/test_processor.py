@@ -201,6 +201,14 @@ def test_strip_prefix_takes_the_transcription_out_of_its_sentence_and_leaves_oth
     assert processor.batch_decode([processor.tokenizer.encode(said)], strip_prefix=True) == [kept]
 
 
+def test_streamed_text_waits_for_a_characters_last_byte_and_adds_up_to_the_whole(processor):
+    ids = processor.tokenizer.encode("naïve 漢字 🙂!")
+    pieces = list(processor.stream_text(torch.tensor([id, 0]) for id in ids))
+    assert "".join(pieces) == "naïve 漢字 🙂!" and "\ufffd" not in "".join(pieces)
+    cut = list(processor.stream_text(torch.tensor([id]) for id in ids[:-2]))
+    assert "".join(cut) == processor.decode(ids[:-2]) and cut[-1] == "\ufffd"
+
+
 # ---- One prompt, one sound ----
 
 def spelled(processor, batch, row=0):
