@@ -81,23 +81,22 @@ class AudioFlamingo3EncoderLayer(nn.Module):
 class AudioFlamingo3Encoder(nn.Module):
     def __init__(self, config: AudioFlamingo3EncoderConfig):
         super().__init__()
-        hidden = config.hidden_size  # embeddings start as zeros: the random start of nn.Embedding takes a second of imports
-        self.conv1 = nn.Conv1d(config.num_mel_bins, hidden, kernel_size=3, padding=1)
-        self.conv2 = nn.Conv1d(hidden, hidden, kernel_size=3, stride=2, padding=1)
-        self.embed_positions = nn.Embedding.from_pretrained(torch.zeros(config.max_source_positions, hidden), freeze=False)
+        self.conv1 = nn.Conv1d(config.num_mel_bins, config.hidden_size, kernel_size=3, padding=1)
+        self.conv2 = nn.Conv1d(config.hidden_size, config.hidden_size, kernel_size=3, stride=2, padding=1)
+        # zeros, here and below: on the meta device nn.Embedding's own random start takes a second of imports
+        positions = torch.zeros(config.max_source_positions, config.hidden_size)
+        self.embed_positions = nn.Embedding.from_pretrained(positions, freeze=False)
         self.layers = nn.ModuleList(AudioFlamingo3EncoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.layer_norm = nn.LayerNorm(hidden)
+        self.layer_norm = nn.LayerNorm(config.hidden_size)
 
     def forward(self, input_features: Tensor, feature_attention_mask: Tensor) -> Tensor:
         """Whisper's encoder, an average pool over time, a LayerNorm: states (W, K of the longest window, H).
-
         input_features: (W, mel bins, mel frames), up to 30 s, cast to the encoder's own dtype.
         feature_attention_mask: (W, mel frames), 1 on frames of real samples, which come first.
         """
         conv_frames = frame_counts(feature_attention_mask.sum(-1))[0]  # (W,): the real ones
         longest = int(conv_frames.max())
-        # the last real conv frame reads mel frames up to 2 * longest; nothing further changes a number
-        x = input_features[:, :, :2 * longest + 1].to(self.conv1.weight.dtype)
+        x = input_features[:, :, :2 * longest + 1].to(self.conv1.weight.dtype)  # all that the last real conv frame reads
         x = F.gelu(self.conv2(F.gelu(self.conv1(x)))).transpose(1, 2)[:, :longest]  # (W, F, H)
         x = x + self.embed_positions.weight[:longest]
         real = torch.arange(longest, device=x.device) < conv_frames[:, None]
@@ -136,8 +135,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin  # rolled by half a head: each number beside its pair
 
 class Qwen2RMSNorm(nn.RMSNorm):
-    def forward(self, x: Tensor) -> Tensor:
-        # rounded before the weight, as the oracle does; F.rms_norm rounds once and differs in bfloat16
+    def forward(self, x: Tensor) -> Tensor:  # rounded before the weight, as the oracle does; F.rms_norm rounds once
         y = x.float()
         return self.weight * (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
@@ -226,10 +224,11 @@ class GenerationConfig:
     pad_token_id: int = 0                                         # what a finished row goes on with
 
     def __post_init__(self):
-        for name in ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty"):
-            value, most = getattr(self, name), 1 if name == "top_p" else float("inf")
-            if value is not None and not 1e-6 <= value <= most:
-                raise ValueError(f"{name} is {value}; it must lie between 1e-6 and {most}.")
+        for name, kind, least, most in (("max_new_tokens", int, 1, 1e9), ("top_k", int, 0, 1e9), ("top_p", float, 1e-6, 1),
+                                        ("temperature", float, 1e-6, 1e6), ("repetition_penalty", float, 1e-6, 1e6)):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, (int, kind)) and least <= value <= most):
+                raise ValueError(f"{name} is {value!r}; {kind.__name__} between {least} and {most} is expected.")
 
 def next_token(logits: Tensor, seen: Tensor, options: GenerationConfig) -> Tensor:
     """The next ids (B,) of float32 logits (B, V); the repetition penalty falls on the ids `seen` (B, V)."""
@@ -239,11 +238,10 @@ def next_token(logits: Tensor, seen: Tensor, options: GenerationConfig) -> Tenso
     if not options.do_sample:
         return logits.argmax(-1)
     probabilities, ids = (logits / options.temperature).softmax(-1).sort(descending=True)
-    if options.top_k is not None:
+    if options.top_k:  # 0 is no limit either
         probabilities[:, options.top_k:] = 0
-        probabilities /= probabilities.sum(-1, keepdim=True)
-    if options.top_p is not None:  # the fewest ids that hold top_p of the probability: those before which it is not reached
-        probabilities[probabilities.cumsum(-1) - probabilities >= options.top_p] = 0
+    if options.top_p is not None:  # the fewest ids that hold top_p of what is left: those before which it is not reached
+        probabilities[probabilities.cumsum(-1) - probabilities >= options.top_p * probabilities.sum(-1, keepdim=True)] = 0
     return ids.gather(1, torch.multinomial(probabilities, 1))[:, 0]
 
 class AudioFlamingo3ForConditionalGeneration(nn.Module):
@@ -267,25 +265,24 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
         """Projected audio frames (sum of K, text H): the real ones of all windows, in order."""
         mel_frames = feature_attention_mask.sum(-1)
         seconds, states = mel_frames // 100, {}
-        for length in seconds.unique():  # windows of a length, to the second, are encoded together; 8 bound the memory
+        for length in seconds.unique():  # like lengths together, so that none is padded much; 8 bound the memory
             for group in (seconds == length).nonzero()[:, 0].split(8):
-                states |= zip(group.tolist(), self.audio_tower(input_features[group], feature_attention_mask[group]))
+                states.update(zip(group.tolist(), self.audio_tower(input_features[group], feature_attention_mask[group])))
         frames = [states[window][:count] for window, count in enumerate(frame_counts(mel_frames)[1].tolist())]
         return self.multi_modal_projector(torch.cat(frames))
 
-    def splice(self, input_ids: Tensor, audio_frames: Tensor | tuple[()]) -> Tensor:
+    def splice(self, input_ids: Tensor, audio_frames: Tensor) -> Tensor:
         """Embeddings (B, T, H) in which each `<sound>` slot holds one audio frame, in order, in place."""
         slots = input_ids == self.config.audio_token_id
         if slots.sum() != len(audio_frames):
             raise ValueError(f"Audio tokens and features mismatch: tokens={slots.sum()}, frames={len(audio_frames)}. "
                              "Pass the processor's input_ids together with its input_features.")
         x = self.language_model.model.embed_tokens(input_ids)
-        return x.masked_scatter(slots[..., None], audio_frames.to(x.dtype)) if len(audio_frames) else x
+        return x.masked_scatter(slots[..., None], audio_frames.to(x.dtype))
 
     def prefill(self, input_ids: Tensor, attention_mask: Tensor | None, input_features: Tensor | None,
                 feature_attention_mask: Tensor | None, cache: KeyValueCache | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Right-padded hidden states (B, T, H), where they are `real` (B, T), and which position each came from (B, T).
-
         A left-padded query has no key to attend to, and the softmax of nothing is NaN; so each row's padding is moved
         to its right, where causal attention never looks. The cache may already hold a conversation's past.
         """
@@ -294,7 +291,9 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
         real = mask.gather(1, source).bool()
         if not bool(real[:, 0].all()):
             raise ValueError("attention_mask: every row must hold a one.")
-        frames = () if input_features is None else self.get_audio_features(input_features, feature_attention_mask)
+        frames = input_ids.new_empty(0)
+        if input_features is not None:
+            frames = self.get_audio_features(input_features, feature_attention_mask)
         x = self.splice(input_ids.gather(1, source), frames)
         return self.language_model.model(x, real, cache), real, source
 
@@ -307,16 +306,14 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, input_features: Tensor | None = None,
                 feature_attention_mask: Tensor | None = None, labels: Tensor | None = None) -> SimpleNamespace:
         """`.logits` (B, T, V); with labels (B, T) `.loss`, the mean cross-entropy of the next tokens not labelled -100.
-
         input_ids, attention_mask: (B, T), padded left or right; padding predicts nothing. input_features (W, mel bins,
         mel frames), feature_attention_mask (W, mel frames): the windows of all rows, in order.
         """
         x, real, source = self.prefill(input_ids, attention_mask, input_features, feature_attention_mask)
-        logits = self.language_model.lm_head(torch.zeros_like(x).scatter(1, source[..., None].expand_as(x), x))
-        loss = None
+        back, loss = source.argsort(1), None
+        logits = self.language_model.lm_head(x.take_along_dim(back[..., None], 1))
         if labels is not None:
-            predicts = torch.zeros_like(real).scatter(1, source, real)[:, :-1]
-            targets = labels[:, 1:].masked_fill(~predicts, -100)
+            targets = labels[:, 1:].masked_fill(~real.gather(1, back)[:, :-1], -100)
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
         return SimpleNamespace(logits=logits, loss=loss)
 
@@ -332,6 +329,9 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
         cache = KeyValueCache(self.config.text_config, rows, tokens + options.max_new_tokens, self.dtype, self.device)
         x, real, source = self.prefill(input_ids, attention_mask, input_features, feature_attention_mask, cache)
         logits = self.language_model.lm_head(x[torch.arange(rows, device=x.device), real.sum(-1) - 1])  # (B, V)
+        if not bool(logits.isfinite().all()):
+            bad = next((name for name, w in self.state_dict().items() if not bool(w.isfinite().all())), "none, they overflow")
+            raise ValueError(f"The first logits are not finite. The first tensor that holds NaN or infinity: {bad}.")
         seen = torch.zeros_like(logits, dtype=torch.long).scatter_add(1, input_ids.gather(1, source), real.long()) > 0
         ends = torch.tensor(options.eos_token_id, dtype=torch.long, device=x.device)
         finished = torch.zeros(rows, dtype=torch.bool, device=x.device)

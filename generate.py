@@ -3,14 +3,21 @@
 examples:
   python generate.py speech.wav                       transcribes, with the embedded checkpoint tiny/
   python generate.py rain.mp3 "What sound is this?"   files other than WAV need ffmpeg
-  python generate.py talk.flac "Summarize." --model nvidia/audio-flamingo-3-hf --max-new-tokens 200
+  python generate.py talk.flac "Summarize." --model nvidia/audio-flamingo-3-hf --int8
   python generate.py song.ogg "Describe the song." --sample --temperature 0.7 --top-p 0.9 --seed 1
 """
 import argparse
+import os
+import re
+import signal
 import sys
 import time
 import warnings
 from pathlib import Path
+
+if __name__ == "__main__":  # before the long imports, in which a KeyboardInterrupt is a traceback or lost
+    signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(1, b"\n") and 130))
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader that has enough, `| head -1`, is no error
 
 import torch
 
@@ -26,7 +33,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--max-new-tokens", type=int, metavar="N", help="stop after N tokens (default: the checkpoint's, else 512)")
     add("--device", default="auto", help="cpu, cuda or mps (default: the best there is)")
     add("--dtype", default="auto", help="float32, bfloat16 or float16 (default: the checkpoint's own)")
-    add("--int8", action="store_true", help="the decoder's weights in int8: half the memory, twice the tokens a second")
+    add("--int8", action="store_true", help="the decoder in int8: half the memory, and on a CPU a large model is twice as fast")
     add("--sample", dest="do_sample", action="store_true", default=None, help="draw tokens at random, not the likeliest")
     add("--temperature", type=float, metavar="T", help="with --sample: above 1 bolder, below 1 safer")
     add("--top-k", type=int, metavar="K", help="with --sample: draw from the K likeliest tokens")
@@ -39,6 +46,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.error = refuse
     return parser.parse_intermixed_args()  # a prompt may come after an option
 
+def visible(text: str) -> str:
+    """The text without what steers a terminal: control characters are shown, not sent."""
+    return re.sub(r"[\0-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
+
 def answer(args: argparse.Namespace) -> None:
     """Prints the answer as it comes; unless --quiet, one line of what was heard and one of what was done."""
     if (args.prompt or "").startswith("<|im_start|>"):
@@ -46,37 +57,31 @@ def answer(args: argparse.Namespace) -> None:
     processor = AudioFlamingo3Processor.from_pretrained(args.model)
     inputs = processor(processor.default_transcription_prompt if args.prompt is None else args.prompt, args.audio)
     model = AudioFlamingo3ForConditionalGeneration.from_pretrained(args.model, args.device, args.dtype, args.int8)
-    if not args.quiet:
-        windows, frames = len(inputs["input_features"]), int((inputs["input_ids"] == processor.audio_token_id).sum())
-        seconds = int(inputs["feature_attention_mask"].sum()) / 100
-        heard = f"heard {seconds:.1f} s: {windows} window{'s' * (windows > 1)}, {frames} audio frames"
-        hook = model.audio_tower.register_forward_pre_hook(lambda *_: hook.remove() or print(heard, file=sys.stderr))
     if args.seed is not None:
         torch.manual_seed(args.seed % 2**64)
     options = {name: getattr(args, name) for name in GenerationConfig.__dataclass_fields__ if name in args}
     start, times = time.perf_counter(), []
-    try:
-        steps = (times.append(time.perf_counter() - start) or ids for ids in model.stream(**inputs.to(model.device), **options))
-        for text in processor.stream_text(steps):
-            print(text, end="", flush=True)
-    finally:
-        if times:
-            print(flush=True)
+    steps = (times.append(time.perf_counter() - start) or ids for ids in model.stream(**inputs.to(model.device), **options))
+    for text in processor.stream_text(steps):
+        print(visible(text) if sys.stdout.isatty() else text, end="", flush=True)
+    print(flush=True)
     if not args.quiet:
+        windows, frames = len(inputs["input_features"]), int((inputs["input_ids"] == processor.audio_token_id).sum())
+        seconds = int(inputs["feature_attention_mask"].sum()) / 100
+        print(f"heard {seconds:.1f} s: {windows} window{'s' * (windows > 1)}, {frames} audio frames", file=sys.stderr)
         rate = f", then {(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s" if len(times) > 1 else ""
         print(f"said {len(times)} tokens: the first after {times[0]:.2f} s{rate}", file=sys.stderr)
 
 def main() -> int:
-    """0; 2 for bad input, with one line `error: …`; 130 when interrupted, with what was said so far kept."""
-    warnings.showwarning = lambda message, *_: print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+    """0; 2 for bad input or too little memory, with one line `error: …`. Ctrl-C leaves with 130 and keeps what was said."""
+    warnings.showwarning = lambda message, *_: print(f"warning: {visible(' '.join(str(message).split()))}", file=sys.stderr)
     try:
         answer(parse_arguments())
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        hint = "out of memory, shorten the audio or use --int8: " if "memory" in repr(error).lower() else ""
+        print(f"error: {hint}{visible(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
     return 0
 
 if __name__ == "__main__":
-    sys.exit(main())
+    os._exit(main())  # not sys.exit: what stdout has refused is not tried again

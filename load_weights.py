@@ -5,7 +5,9 @@ original layout (`nvidia/audio-flamingo-3`): llm/, sound_tower/ and sound_mm_pro
 """
 import json
 import os
+import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from af3 import (AudioFlamingo3Config, AudioFlamingo3EncoderConfig, AudioFlaming
 # what the network takes for granted: a config.json that says otherwise is refused by field
 FIXED = {"activation_function": "gelu", "hidden_act": "silu", "projector_hidden_act": "gelu", "projector_bias": True,
          "scale_embedding": False, "use_sliding_window": False, "tie_word_embeddings": False, "rope_type": "default",
-         "rope_scaling": None}
+         "rope_scaling": None, "num_mel_bins": 128, "max_source_positions": 1500}
 OLDER_KEYS = {"d_model": "hidden_size", "encoder_layers": "num_hidden_layers", "encoder_ffn_dim": "intermediate_size",
               "encoder_attention_heads": "num_attention_heads"}
 # the original layout: folder -> prefix of its tensors in the model
@@ -42,11 +44,8 @@ def find_checkpoint(name: str | Path) -> Path:
     raise FileNotFoundError(f"{name}: no such directory, and no such model in {cache}. To fetch the official one: "
                             "hf download nvidia/audio-flamingo-3-hf")
 
-def is_original(folder: Path) -> bool:
-    return (folder / "llm").is_dir()
-
 def tokenizer_folder(folder: Path) -> Path:
-    return folder / "llm" if is_original(folder) else folder
+    return folder / "llm" if (folder / "llm").is_dir() else folder
 
 # ---- What its configuration says ----
 def read_json(path: Path) -> dict:
@@ -59,18 +58,28 @@ def read_json(path: Path) -> dict:
         raise ValueError(f"{path}: holds no JSON object.")
     return content
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """A file's content that is not what the code inside takes it for becomes a ValueError that names the file."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, SafetensorError) as error:
+        raise ValueError(f"{path}: cut off or not what it should be ({type(error).__name__}: {error}).") from None
+
 def read_token_ids(folder: Path) -> dict[str, int]:
     """Every token of tokenizer.json and its id."""
-    tokenizer = read_json(folder / "tokenizer.json")
-    return tokenizer["model"]["vocab"] | {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    with reading(path := folder / "tokenizer.json"):
+        tokenizer = read_json(path)
+        return tokenizer["model"]["vocab"] | {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
 
 def named_ids(folder: Path, ids: dict[str, int]) -> dict[str, int]:
     """The ids of the tokens that tokenizer_config.json names: pad_token_id, then eos_token_id. Refuses one not in `ids`."""
-    config, named = read_json(path := folder / "tokenizer_config.json"), {}
+    path, named = folder / "tokenizer_config.json", {}
+    config = read_json(path)
     for key in ("pad_token", "eos_token"):
         token = config.get(key)
-        token = token["content"] if isinstance(token, dict) else token
-        if token not in ids or "<sound>" not in ids:
+        token = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(token, str) or token not in ids or "<sound>" not in ids:
             raise ValueError(f"{path}: {key} is {token!r}; tokenizer.json beside it must add that and <sound>.")
         named[f"{key}_id"] = ids[token]
     return named
@@ -80,16 +89,19 @@ def known_fields(cls: type, section: dict) -> dict:
 
 def read_section(cls: type, section: dict, path: Path):
     """An instance of a configuration dataclass from its section of config.json, in either spelling of the keys."""
-    section = section | (section.get("rope_parameters") or {})
+    with reading(path):
+        section = section | (section.get("rope_parameters") or {})
     for key, value in FIXED.items():
         if section.get(key, value) != value:
             raise ValueError(f"{path}: {key} is {section[key]!r}; only {value!r} is supported.")
     config = cls(**known_fields(cls, {OLDER_KEYS.get(key, key): value for key, value in section.items()}))
-    for name, value in vars(config).items():
-        if not isinstance(value, (int, float)) or value <= 0:
-            raise ValueError(f"{path}: {name} is {value!r}; a number above 0 is expected.")
-    if config.hidden_size % config.num_attention_heads:
-        raise ValueError(f"{path}: hidden_size {config.hidden_size} does not divide by {config.num_attention_heads} heads.")
+    for f in fields(cls):
+        value, most = getattr(config, f.name), 1 << (10 if "layers" in f.name else 24)
+        if type(value) not in (int, f.type) or not 0 < value <= most:
+            raise ValueError(f"{path}: {f.name} is {value!r}; {f.type.__name__} above 0 and up to {most} is expected.")
+    heads = config.num_attention_heads
+    if config.hidden_size % heads or heads % getattr(config, "num_key_value_heads", 1):
+        raise ValueError(f"{path}: hidden_size, num_attention_heads and num_key_value_heads do not divide.")
     return config
 
 def read_config(folder: Path, ids: dict[str, int]) -> AudioFlamingo3Config:
@@ -98,11 +110,12 @@ def read_config(folder: Path, ids: dict[str, int]) -> AudioFlamingo3Config:
     config = read_json(path)
     if config.get("model_type") not in ("audioflamingo3", "llava_llama"):  # hub, original
         raise ValueError(f"{path}: model_type is {config.get('model_type')!r}; an audioflamingo3 checkpoint is expected.")
-    if is_original(folder):
+    if (folder / "llm").is_dir():
         audio_path, path = folder / "sound_tower" / "config.json", folder / "llm" / "config.json"
         audio, text = read_json(audio_path), read_json(path)
     else:
-        audio_path, audio, text = path, config | (config.get("audio_config") or {}), config | (config.get("text_config") or {})
+        with reading(audio_path := path):
+            audio, text = (config | (config.get(name) or {}) for name in ("audio_config", "text_config"))
     audio, text = read_section(AudioFlamingo3EncoderConfig, audio, audio_path), read_section(Qwen2Config, text, path)
     sound = config.get("audio_token_id", ids.get("<sound>"))
     if (text.vocab_size, sound) != (len(ids), ids.get("<sound>")):
@@ -114,33 +127,34 @@ def read_generation_config(folder: Path, ids: dict[str, int]) -> GenerationConfi
     """generation_config.json's fields; end and padding ids it does not give are the tokenizer's."""
     path = folder / "generation_config.json"
     given = known_fields(GenerationConfig, read_json(path)) if path.exists() else {}
-    return GenerationConfig(**named_ids(folder, ids) | given)
+    with reading(path):
+        return GenerationConfig(**named_ids(folder, ids) | given)
 
 # ---- What its tensors are ----
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor under the model's name for it, memory-mapped: none is read before it is used, and each leaves by itself."""
-    for part, prefix in (PARTS if is_original(folder) else {"": ""}).items():
+    """Every tensor under the model's name for it, each in a memory map of its own: read when used, gone when let go."""
+    for part, prefix in (PARTS if (folder / "llm").is_dir() else {"": ""}).items():
         index = folder / part / "model.safetensors.index.json"
-        shards = set(read_json(index)["weight_map"].values()) if index.exists() else ["model.safetensors"]
+        with reading(index):
+            shards = set(read_json(index)["weight_map"].values()) if index.exists() else ["model.safetensors"]
+            strange = [shard for shard in shards if not re.fullmatch(r"[^/\\]+\.safetensors", shard)]
+        if strange:
+            raise ValueError(f"{index}: names {strange[0]!r}; names of safetensors files beside it are expected.")
         for path in (folder / part / shard for shard in shards):
-            try:
+            with reading(path):
                 for name in safe_open(path, "pt").keys():
                     module, _, kind = (prefix + name).rpartition(".")
                     yield f"{OLDER_NAMES.get(module, module)}.{kind}", safe_open(path, "pt").get_tensor(name)
-            except SafetensorError as error:
-                raise ValueError(f"{path}: not a whole safetensors file ({error}).") from None
 
 # ---- Half the memory ----
-AT_ONCE = 1 << 21  # of a weight's numbers are converted: a few MB, which stay in the processor's cache
-
 class Int8Linear(nn.Module):
     """A linear layer whose weight (out, in) is int8, with one scale an output row: half of bfloat16's bytes."""
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.register_buffer("weight", torch.empty_like(linear.weight, dtype=torch.int8))
         self.register_buffer("scale", torch.empty_like(linear.weight[:, 0]))
-        self.bias, self.rows = linear.bias, max(1, AT_ONCE // linear.in_features)
-        for rows, weight, scale in zip(*(x.split(self.rows) for x in (linear.weight, self.weight, self.scale))):
+        self.bias, self.chunk = linear.bias, 1 + (1 << 21) // linear.in_features  # rows: a few MB stay in the CPU's cache
+        for rows, weight, scale in zip(*(x.split(self.chunk) for x in (linear.weight, self.weight, self.scale))):
             rows = rows.float()
             scale.copy_(rows.abs().amax(1) / 127).clamp_(min=torch.finfo(scale.dtype).tiny)
             weight.copy_((rows / scale[:, None]).round_())
@@ -149,19 +163,18 @@ class Int8Linear(nn.Module):
         if x.is_cpu and x[..., 0].numel() <= 8:  # few tokens: the time is that of reading the weight
             y = torch.ops.aten._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale).unflatten(0, x.shape[:-1])
         else:
-            y = torch.cat([F.linear(x, rows.to(x.dtype)) for rows in self.weight.split(self.rows)], -1) * self.scale
+            y = torch.cat([F.linear(x, rows.to(x.dtype)) for rows in self.weight.split(self.chunk)], -1) * self.scale
         return y if self.bias is None else y + self.bias
 
 def load_model(path: str | Path, device_map: str | torch.device = "auto", dtype: torch.dtype | str = "auto",
                int8: bool = False) -> AudioFlamingo3ForConditionalGeneration:
     """The model of a checkpoint directory in either layout, or of a hub name; for inference.
-
     device_map: "auto" is CUDA, else MPS, else the CPU. dtype: "auto" is the checkpoint's own, else a torch.dtype or its
     name. int8: the decoder's linear layers are quantised. Raises FileNotFoundError or ValueError, naming file, field or
     tensor; nothing half-loaded is returned.
     """
     folder = find_checkpoint(path)
-    dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    dtype = getattr(torch, str(dtype), dtype)
     if dtype not in ("auto", torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype is {dtype!r}; 'auto', 'float32', 'bfloat16' or 'float16' is expected.")
     if device_map == "auto":

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from af3 import frame_counts
-from load_weights import find_checkpoint, named_ids, read_json, tokenizer_folder
+from load_weights import find_checkpoint, named_ids, read_json, reading, tokenizer_folder
 
 SAMPLE_RATE = 16000                           # Hz
 WINDOW_SECONDS = 30
@@ -42,7 +42,6 @@ SAMPLE_TYPES = {(1, 8): "u1", (1, 16): "<i2", (1, 24): "3u1", (1, 32): "<i4", (3
 
 def load_audio(path: str | Path, sampling_rate: int = SAMPLE_RATE) -> np.ndarray:
     """A mono float32 waveform (n,) in [-1, 1] at `sampling_rate` Hz, channels averaged; of a cut-off file, what is there.
-
     WAV is read here; other containers, and rarer kinds of WAV, go through `ffmpeg`. Errors name the file.
     """
     path = Path(path)
@@ -51,7 +50,7 @@ def load_audio(path: str | Path, sampling_rate: int = SAMPLE_RATE) -> np.ndarray
         raise error(f"{path}: {reason}; a sound file is expected.")
     with open(path, "rb") as file:
         content = file.read(12)
-        found = read_wav(content + file.read(), path) if content[:4] == b"RIFF" else None
+        found = read_wav(content + file.read(), path) if content[:4] == b"RIFF" and content[8:] == b"WAVE" else None
     rate, samples = found or read_wav(decode_with_ffmpeg(path), path) or (0, [])
     if not len(samples):
         raise ValueError(f"{path}: no samples inside that can be read.")
@@ -109,9 +108,8 @@ def resample(waveform: Tensor, rate: int, target: int) -> Tensor:
     if rate == target:
         return waveform
     up, down = target // math.gcd(rate, target), rate // math.gcd(rate, target)
-    whole = len(waveform) // down                         # `down` samples become `up`
-    step = 1 << max(0, whole.bit_length() - 4)            # lengths of small factors, which the FFT likes
-    blocks = (whole // step + 2) * step                   # with silence behind, so that the end does not reach the start
+    step = 1 << max(0, (len(waveform) // down).bit_length() - 4)  # lengths of small factors, which the FFT likes
+    blocks = (len(waveform) // down // step + 2) * step  # of `down`; silence behind keeps the end from reaching the start
     bins = blocks * min(up, down) // 2 + 1
     # the uppermost 6% of the band that both share fade out, so that a click does not ring
     fade = torch.cos(torch.linspace(-0.94, 0.06, bins).clamp(min=0) * math.pi / 0.12).square()
@@ -135,7 +133,6 @@ def mel_frame_count(samples: int) -> int:
 
 def log_mel(window: Tensor) -> Tensor:
     """(128, mel frames) float32 of up to 30 s of samples (n,): Whisper's log-mel of the window padded to 30 s.
-
     Two frames past the last real one still touch samples; all that follow are one constant, and only the first is here.
     """
     frames = min(mel_frame_count(len(window)) + 3, N_MEL_FRAMES)
@@ -157,22 +154,25 @@ class Tokenizer:
 
     def __init__(self, folder: Path):
         content = read_json(folder / "tokenizer.json")
-        vocabulary: dict[str, int] = content["model"]["vocab"]
-        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in content["model"]["merges"]]
-        if [vocabulary.get(a + b) for a, b in merges] != list(range(256, 256 + len(merges))):
-            raise ValueError(f"{folder / 'tokenizer.json'}: merge i does not make token 256 + i.")
-        alphabet = byte_alphabet()
-        ranks = {bytes(alphabet[c] for c in token): rank for token, rank in vocabulary.items()}
-        pattern = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
-        self.bpe = tiktoken.Encoding(str(folder), pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-        self.added = {token["content"]: token["id"] for token in content["added_tokens"]}
-        self.special = {token["id"] for token in content["added_tokens"] if token["special"]}
-        self.bytes_of = {id: token for token, id in ranks.items()} | {id: token.encode() for token, id in self.added.items()}
-        self.any_added = re.compile("(" + "|".join(map(re.escape, self.added)) + ")")
+        with reading(folder / "tokenizer.json"):
+            vocabulary: dict[str, int] = content["model"]["vocab"]
+            merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in content["model"]["merges"]]
+            if [vocabulary.get(a + b) for a, b in merges] != list(range(256, 256 + len(merges))):
+                raise ValueError(f"{folder / 'tokenizer.json'}: merge i does not make token 256 + i.")
+            alphabet = byte_alphabet()
+            ranks = {bytes(alphabet[c] for c in token): rank for token, rank in vocabulary.items()}
+            pattern = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+            self.bpe = tiktoken.Encoding(str(folder), pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+            self.added = {token["content"]: token["id"] for token in content["added_tokens"]}
+            self.special = {token["id"] for token in content["added_tokens"] if token["special"]}
+            self.bytes_of = {ranks[b]: b for b in ranks} | {id: token.encode() for token, id in self.added.items()}
+            self.any_added = re.compile("(" + "|".join(map(re.escape, self.added)) + ")")
         self.pad_token_id, self.eos_token_id = named_ids(folder, self.added).values()
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, in NFC; a special token that it spells out is plain text too."""
+        if re.search(r"\s{100000}", text):
+            raise ValueError("100,000 spaces or line ends in a row are more than the tokenizer's regular expression bears.")
         return self.bpe.encode_ordinary(unicodedata.normalize("NFC", text))
 
     def encode_template(self, pieces: list[str | int]) -> list[int]:
@@ -196,36 +196,38 @@ def byte_alphabet() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 # ---- Sound and words -> the model's tensors ----
+OPENING = "system", ["You are a helpful assistant."]  # where a conversation does not say otherwise
 TRANSCRIPTION = re.compile(r"\s*The (?:spoken content of the|transcription of the|content of the input) audio is"
-                           r"\s*(['\"]?)\s*(.*?)\s*\1\s*\.?\s*", re.DOTALL)  # the sentence the model frames one in
+                           r"\b\s*(['\"]?)\s*(.*?)\s*\1\s*\.?\s*", re.DOTALL)  # the sentence the model frames one in
 
 class Batch(dict):
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Batch":
         """The model's inputs on `device`; `dtype` casts only floats: ids and masks stay integers."""
         return Batch({name: x.to(device, dtype if x.is_floating_point() else None) for name, x in self.items()})
 
-def as_waveform(audio, name: str) -> Tensor:
-    """A float32 waveform (n,) of a file, or of an array, tensor or list at 16 kHz; integers are scaled by their range."""
+def as_waveform(audio, name: str, max_seconds: int) -> Tensor:
+    """A float32 waveform (n,) of a file, a list of floats, or an array or tensor whose integers are scaled by their range."""
     if isinstance(audio, (str, Path)):
         audio, name = load_audio(audio), str(audio)
     if isinstance(audio, Tensor):
         audio = (audio.float() if audio.is_floating_point() else audio).detach().cpu().numpy()
     samples = np.asarray(audio, dtype=None if isinstance(audio, np.ndarray) else np.float32)
-    if samples.ndim != 1:
-        raise ValueError(f"{name}: audio of shape {samples.shape}; a 1-D array of mono samples is expected.")
-    if samples.dtype.kind not in "fiu":
-        raise ValueError(f"{name}: audio of type {samples.dtype}; floats or integers are expected.")
+    if samples.ndim != 1 or samples.dtype.kind not in "fiu":
+        raise ValueError(f"{name}: audio of shape {samples.shape}, {samples.dtype}; 1-D floats or integers are expected.")
     if len(samples) < MIN_SAMPLES:
         raise ValueError(f"{name}: audio of {len(samples)} samples; at least {MIN_SAMPLES} (20 ms at 16 kHz) are expected.")
     samples = to_float(samples)
     if not (np.abs(samples) < 2.0 ** 32).all():  # of larger ones the mel power is infinite
         raise ValueError(f"{name}: audio holds NaN or infinite samples; finite ones, at most 1 in size, are expected.")
-    return torch.from_numpy(samples)
+    most = max(1, max_seconds // WINDOW_SECONDS) * N_SAMPLES
+    if len(samples) > most:
+        warnings.warn(f"{len(samples) / SAMPLE_RATE:.1f} s of audio: only the first {most / SAMPLE_RATE:.1f} s are heard")
+    return torch.from_numpy(samples[:most])
 
 class AudioFlamingo3Processor:
     def __init__(self, tokenizer: Tokenizer, max_audio_len: int = 600):
         self.tokenizer = tokenizer
-        self.max_audio_len = max_audio_len  # seconds
+        self.max_audio_len = max_audio_len  # in seconds
         self.feature_extractor = SimpleNamespace(sampling_rate=SAMPLE_RATE, chunk_length=WINDOW_SECONDS)
         self.audio_token, self.default_transcription_prompt = "<sound>", "Transcribe the input speech."
         self.start, self.end = tokenizer.added["<|im_start|>"], tokenizer.added["<|im_end|>"]
@@ -235,16 +237,17 @@ class AudioFlamingo3Processor:
     def from_pretrained(cls, path: str | Path) -> "AudioFlamingo3Processor":
         """From a checkpoint directory in either layout, or its hub name. A file that contradicts a constant is refused."""
         folder = find_checkpoint(path)
-        file, flat = folder / "processor_config.json", folder / "preprocessor_config.json"
-        config = read_json(file) if file.exists() else {}
-        extractor = config.get("feature_extractor")
-        if extractor is None:
-            file, extractor = flat, read_json(flat) if flat.exists() else {}
+        files = folder / "processor_config.json", folder / "preprocessor_config.json"
+        config, flat = (read_json(file) if file.exists() else {} for file in files)
+        nested = config.get("feature_extractor")
+        file, extractor = (files[1], flat) if nested is None else (files[0], nested)
+        with reading(files[0]):
+            most = int(config.get("max_audio_len", 600))
         for key, value in (("sampling_rate", SAMPLE_RATE), ("chunk_length", WINDOW_SECONDS), ("feature_size", N_MELS),
                            ("n_fft", N_FFT), ("hop_length", HOP)):
             if extractor.get(key, value) != value:
                 raise ValueError(f"{file}: {key} is {extractor[key]}; this model's is {value}.")
-        return cls(Tokenizer(tokenizer_folder(folder)), int(config.get("max_audio_len", 600)))
+        return cls(Tokenizer(tokenizer_folder(folder)), most)
 
     # Pieces are what a prompt is made of: plain text to encode, and ready ids. Text that spells a special token out stays
     # text, so these are the only way in; `_expand` repeats the `<sound>` id, and `splice` in af3.py gives each its frame.
@@ -260,21 +263,12 @@ class AudioFlamingo3Processor:
             said = [piece for text in prompt.split(self.audio_token) for piece in (self.audio_token_id, text)][1:]
         else:
             said = [self.audio_token_id] * len(windows) + [prompt]
-        return [*self._turn("system", ["You are a helpful assistant."]), *self._turn("user", said), self.start, "assistant\n"]
-
-    def _heard(self, audio, name: str) -> Tensor:
-        waveform, most = as_waveform(audio, name), max(1, self.max_audio_len // WINDOW_SECONDS) * N_SAMPLES
-        if len(waveform) > most:
-            warnings.warn(f"{len(waveform) / SAMPLE_RATE:.1f} s of audio: only the first {most / SAMPLE_RATE:.1f} s are heard")
-        return waveform[:most]
+        return [*self._turn(*OPENING), *self._turn("user", said), self.start, "assistant\n"]
 
     def _expand(self, pieces: list[str | int], sounds: list[Tensor]) -> list[str | int]:
         """One `<sound>` id for each audio frame of the waveform that goes there; a full window has 750, so they add up."""
-        expanded, waiting = [], iter(sounds)
-        for piece in pieces:
-            sound = next(waiting, None) if piece == self.audio_token_id else None
-            expanded += [piece] if sound is None else [piece] * frame_counts(mel_frame_count(len(sound)))[1]
-        return expanded
+        frames = iter([frame_counts(mel_frame_count(len(sound)))[1] for sound in sounds])
+        return [p for piece in pieces for p in [piece] * (next(frames, 1) if piece == self.audio_token_id else 1)]
 
     def _batch(self, rows, sampling_rate, padding_side, tensor_type, output_labels) -> Batch:
         """rows: a prompt's pieces, and for each `<sound>` piece among them the waveform whose frames go there."""
@@ -308,7 +302,9 @@ class AudioFlamingo3Processor:
             raise ValueError(f"Got {len(texts)} texts but {len(audios)} audios; they must match 1:1.")
         rows = []
         for sample, prompt in enumerate(texts):
-            windows = None if audios is None else self._heard(audios[sample], f"Sample {sample}").split(N_SAMPLES)
+            windows = None
+            if audios is not None:
+                windows = as_waveform(audios[sample], f"Sample {sample}", self.max_audio_len).split(N_SAMPLES)
             pieces = self._prompt(prompt, windows)
             placeholders = pieces.count(self.audio_token_id)
             if windows is not None and placeholders != len(windows):
@@ -321,7 +317,6 @@ class AudioFlamingo3Processor:
                             return_dict: bool = True, sampling_rate: int | None = None, padding_side: str = "left",
                             tensor_type: str = "pt", output_labels: bool = False):
         """The model's tensors of one conversation or a list of them; see `__call__` for shapes.
-
         A conversation is a list of {"role", "content"}; content is a string, or parts {"type": "text", "text"} and
         {"type": "audio", "path" or "audio"}: a turn's sounds stand before its text. Text is plain text, `<sound>` too.
         tokenize=False loads no audio and returns the template's text, with one `<sound>` for each audio.
@@ -332,28 +327,25 @@ class AudioFlamingo3Processor:
             name_of = {id: token for token, id in self.tokenizer.added.items()}
             texts = ["".join(name_of.get(piece, piece) for piece in pieces) for pieces, _ in chats]
             return texts[0] if single else texts
-        rows = [(pieces, [self._heard(part.get("path", part.get("audio")), f"Sample {sample}") for part in parts])
-                for sample, (pieces, parts) in enumerate(chats)]
+        rows = [(pieces, [as_waveform(part.get("path", part.get("audio")), f"Sample {sample}", self.max_audio_len)
+                          for part in parts]) for sample, (pieces, parts) in enumerate(chats)]
         batch = self._batch(rows, sampling_rate, padding_side, tensor_type, output_labels)
         return batch if return_dict else batch["input_ids"]
 
     def _chat(self, messages: list[dict], add_generation_prompt: bool) -> tuple[list[str | int], list[dict]]:
         """A conversation's pieces, one `<sound>` for each audio, and its audio parts in the same order."""
-        if not messages:
-            raise ValueError("An empty conversation; at least one message is expected.")
+        if not messages or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
+            raise ValueError("A conversation of one or more messages, each with a role and content, is expected.")
         pieces, sounds = [], []
         if messages[0]["role"] != "system":
-            pieces += self._turn("system", ["You are a helpful assistant."])
-        for message in messages:
-            content = message["content"]
-            if content is None:
-                continue
+            pieces += self._turn(*OPENING)
+        for role, content in ((m["role"], m["content"]) for m in messages if m["content"] is not None):
             parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
             heard = [part for part in parts if part.get("type") == "audio" or "audio" in part]
             texts = [part["text"] for part in parts if part.get("type") == "text" or "text" in part]
             if len(heard) + len(texts) != len(parts):
-                raise ValueError(f"A {message['role']} message has a part that is neither text nor audio.")
-            pieces += self._turn(message["role"], [self.audio_token_id] * len(heard) + texts)
+                raise ValueError(f"A {role} message has a part that is neither text nor audio.")
+            pieces += self._turn(role, [self.audio_token_id] * len(heard) + texts)
             sounds += heard
         return pieces + ([self.start, "assistant\n"] if add_generation_prompt else []), sounds
 

@@ -306,7 +306,7 @@ def test_more_tokens_than_positions_are_refused_before_any_work(model, processor
         model.generate(**without_labels(run_inputs(processor, "five_seconds.left")), max_new_tokens=4096)
 
 
-@pytest.mark.parametrize("option, value", [("max_new_tokens", 0), ("temperature", 0.0), ("top_k", 0), ("top_p", 1.5), ("repetition_penalty", -1.0)])
+@pytest.mark.parametrize("option, value", [("max_new_tokens", 0), ("temperature", 0.0), ("top_k", -1), ("max_new_tokens", 2.5), ("temperature", "hot"), ("top_p", 1.5), ("repetition_penalty", -1.0)])
 def test_an_option_out_of_range_is_refused_by_name(option, value):
     with pytest.raises(ValueError, match=f"^{option} is "):
         GenerationConfig(**{option: value})

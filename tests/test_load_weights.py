@@ -200,7 +200,7 @@ def test_a_missing_and_a_cut_off_shard_are_named(spoilt):
     write_sharded(spoilt)
     shard = spoilt / "model-00002-of-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match=r"model-00002-of-00002\.safetensors: not a whole safetensors file"):
+    with pytest.raises(ValueError, match=r"model-00002-of-00002\.safetensors: cut off"):
         load(spoilt)
     shard.unlink()
     with pytest.raises(FileNotFoundError, match=r"model-00002-of-00002\.safetensors"):
