@@ -83,8 +83,7 @@ class AudioFlamingo3Encoder(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv1d(config.num_mel_bins, config.hidden_size, kernel_size=3, padding=1)
         self.conv2 = nn.Conv1d(config.hidden_size, config.hidden_size, kernel_size=3, stride=2, padding=1)
-        # zeros, here and below: on the meta device nn.Embedding's own random start takes a second of imports
-        positions = torch.zeros(config.max_source_positions, config.hidden_size)
+        positions = torch.zeros(config.max_source_positions, config.hidden_size)  # nn.Embedding's own start imports for 1 s
         self.embed_positions = nn.Embedding.from_pretrained(positions, freeze=False)
         self.layers = nn.ModuleList(AudioFlamingo3EncoderLayer(config) for _ in range(config.num_hidden_layers))
         self.layer_norm = nn.LayerNorm(config.hidden_size)
@@ -291,9 +290,8 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
         real = mask.gather(1, source).bool()
         if not bool(real[:, 0].all()):
             raise ValueError("attention_mask: every row must hold a one.")
-        frames = input_ids.new_empty(0)
-        if input_features is not None:
-            frames = self.get_audio_features(input_features, feature_attention_mask)
+        heard = input_features is not None
+        frames = self.get_audio_features(input_features, feature_attention_mask) if heard else input_ids.new_empty(0)
         x = self.splice(input_ids.gather(1, source), frames)
         return self.language_model.model(x, real, cache), real, source
 
@@ -330,7 +328,7 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
         x, real, source = self.prefill(input_ids, attention_mask, input_features, feature_attention_mask, cache)
         logits = self.language_model.lm_head(x[torch.arange(rows, device=x.device), real.sum(-1) - 1])  # (B, V)
         if not bool(logits.isfinite().all()):
-            bad = next((name for name, w in self.state_dict().items() if not bool(w.isfinite().all())), "none, they overflow")
+            bad = next((name for name, w in self.state_dict().items() if not bool(w.isfinite().all())), "none: overflow")
             raise ValueError(f"The first logits are not finite. The first tensor that holds NaN or infinity: {bad}.")
         seen = torch.zeros_like(logits, dtype=torch.long).scatter_add(1, input_ids.gather(1, source), real.long()) > 0
         ends = torch.tensor(options.eos_token_id, dtype=torch.long, device=x.device)

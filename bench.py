@@ -109,7 +109,7 @@ def bare_loop(model: AudioFlamingo3ForConditionalGeneration) -> tuple[Callable[[
 
     def call() -> None:
         for module, x in zip(products, inputs):
-            if isinstance(module, Int8Linear):
+            if isinstance(module, Int8Linear) and x.is_cpu:
                 torch.ops.aten._weight_int8pack_mm(x, module.weight, module.scale)
             else:
                 F.linear(x, module.weight)
@@ -171,6 +171,8 @@ def main() -> None:
     parser.add_argument("--int8", action="store_true", help="a second time with the decoder in int8")
     parser.add_argument("--alone", action="store_true", help="without transformers")
     args = parser.parse_args()
+    if args.tokens < 2 or args.rounds < 1 or not all(0.03 <= seconds <= 600 for seconds in args.seconds):
+        parser.error("--tokens of 2 or more, --rounds of 1 or more and --seconds from 0.03 to 600 are expected")
     print("| checkpoint | decoder | sound | encoder, s | first token, s | tokens/s | GB/s of bare | peak |\n" + "|---" * 8 + "|")
     logits = []
     for int8 in [False, True][:1 + args.int8]:

@@ -4,7 +4,6 @@ examples:
   python generate.py speech.wav                       transcribes, with the embedded checkpoint tiny/
   python generate.py rain.mp3 "What sound is this?"   files other than WAV need ffmpeg
   python generate.py talk.flac "Summarize." --model nvidia/audio-flamingo-3-hf --int8
-  python generate.py song.ogg "Describe the song." --sample --temperature 0.7 --top-p 0.9 --seed 1
 """
 import argparse
 import os
@@ -33,7 +32,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--max-new-tokens", type=int, metavar="N", help="stop after N tokens (default: the checkpoint's, else 512)")
     add("--device", default="auto", help="cpu, cuda or mps (default: the best there is)")
     add("--dtype", default="auto", help="float32, bfloat16 or float16 (default: the checkpoint's own)")
-    add("--int8", action="store_true", help="the decoder in int8: half the memory, and on a CPU a large model is twice as fast")
+    add("--int8", action="store_true", help="the decoder in int8: half the memory, and on a CPU twice as fast if large")
     add("--sample", dest="do_sample", action="store_true", default=None, help="draw tokens at random, not the likeliest")
     add("--temperature", type=float, metavar="T", help="with --sample: above 1 bolder, below 1 safer")
     add("--top-k", type=int, metavar="K", help="with --sample: draw from the K likeliest tokens")
@@ -66,19 +65,20 @@ def answer(args: argparse.Namespace) -> None:
         print(visible(text) if sys.stdout.isatty() else text, end="", flush=True)
     print(flush=True)
     if not args.quiet:
-        windows, frames = len(inputs["input_features"]), int((inputs["input_ids"] == processor.audio_token_id).sum())
-        seconds = int(inputs["feature_attention_mask"].sum()) / 100
-        print(f"heard {seconds:.1f} s: {windows} window{'s' * (windows > 1)}, {frames} audio frames", file=sys.stderr)
+        mask, frames = inputs["feature_attention_mask"], int((inputs["input_ids"] == processor.audio_token_id).sum())
+        heard = f"{int(mask.sum()) / 100:.1f} s: {len(mask)} window{'s' * (len(mask) > 1)}, {frames} audio frames"
+        print(f"heard {heard}", file=sys.stderr)
         rate = f", then {(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s" if len(times) > 1 else ""
         print(f"said {len(times)} tokens: the first after {times[0]:.2f} s{rate}", file=sys.stderr)
 
 def main() -> int:
-    """0; 2 for bad input or too little memory, with one line `error: …`. Ctrl-C leaves with 130 and keeps what was said."""
+    """0; 2 for bad input or too little memory, with one line `error: …`. Ctrl-C leaves with 130, what was said stays."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # None where closed
     warnings.showwarning = lambda message, *_: print(f"warning: {visible(' '.join(str(message).split()))}", file=sys.stderr)
     try:
         answer(parse_arguments())
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        hint = "out of memory, shorten the audio or use --int8: " if "memory" in repr(error).lower() else ""
+        hint = "shorten the audio or lower --max-new-tokens: " if "memory" in repr(error).lower() else ""
         print(f"error: {hint}{visible(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     return 0

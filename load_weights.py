@@ -48,23 +48,20 @@ def tokenizer_folder(folder: Path) -> Path:
     return folder / "llm" if (folder / "llm").is_dir() else folder
 
 # ---- What its configuration says ----
-def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises OSError or ValueError, naming the file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}).") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds no JSON object.")
-    return content
-
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     """A file's content that is not what the code inside takes it for becomes a ValueError that names the file."""
     try:
         yield
-    except (KeyError, TypeError, AttributeError, IndexError, SafetensorError) as error:
-        raise ValueError(f"{path}: cut off or not what it should be ({type(error).__name__}: {error}).") from None
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file.") from None
+    except (OSError, ValueError, SafetensorError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(str(error) if str(path) in str(error) else f"{path}: not what it should be ({error!r}).") from None
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises OSError or ValueError, naming the file."""
+    with reading(path):
+        return {**json.loads(path.read_text(encoding="utf-8"))}
 
 def read_token_ids(folder: Path) -> dict[str, int]:
     """Every token of tokenizer.json and its id."""
@@ -136,12 +133,11 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for part, prefix in (PARTS if (folder / "llm").is_dir() else {"": ""}).items():
         index = folder / part / "model.safetensors.index.json"
         with reading(index):
-            shards = set(read_json(index)["weight_map"].values()) if index.exists() else ["model.safetensors"]
-            strange = [shard for shard in shards if not re.fullmatch(r"[^/\\]+\.safetensors", shard)]
-        if strange:
-            raise ValueError(f"{index}: names {strange[0]!r}; names of safetensors files beside it are expected.")
-        for path in (folder / part / shard for shard in shards):
-            with reading(path):
+            shards = set(map(str, read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+        for shard in shards:
+            if not re.fullmatch(r"[^/\\]+\.safetensors", shard):
+                raise ValueError(f"{index}: names {shard!r}; names of safetensors files beside it are expected.")
+            with reading(path := folder / part / shard):
                 for name in safe_open(path, "pt").keys():
                     module, _, kind = (prefix + name).rpartition(".")
                     yield f"{OLDER_NAMES.get(module, module)}.{kind}", safe_open(path, "pt").get_tensor(name)
@@ -160,7 +156,8 @@ class Int8Linear(nn.Module):
             weight.copy_((rows / scale[:, None]).round_())
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cpu and x[..., 0].numel() <= 8:  # few tokens: the time is that of reading the weight
+        # few tokens: the time is that of reading the weight; the operator errs where `in` is no multiple of 16
+        if x.is_cpu and x[..., 0].numel() <= 8 and x.shape[-1] % 16 == 0:
             y = torch.ops.aten._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale).unflatten(0, x.shape[:-1])
         else:
             y = torch.cat([F.linear(x, rows.to(x.dtype)) for rows in self.weight.split(self.chunk)], -1) * self.scale
@@ -174,9 +171,6 @@ def load_model(path: str | Path, device_map: str | torch.device = "auto", dtype:
     tensor; nothing half-loaded is returned.
     """
     folder = find_checkpoint(path)
-    dtype = getattr(torch, str(dtype), dtype)
-    if dtype not in ("auto", torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"dtype is {dtype!r}; 'auto', 'float32', 'bfloat16' or 'float16' is expected.")
     if device_map == "auto":
         device_map = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     ids = read_token_ids(tokenizer_folder(folder))
@@ -186,10 +180,13 @@ def load_model(path: str | Path, device_map: str | torch.device = "auto", dtype:
     try:
         model.load_state_dict(dict(read_tensors(folder)), strict=True, assign=True)
         model.requires_grad_(False).eval()
+        dtype = model.dtype if dtype == "auto" else getattr(torch, str(dtype), dtype)
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16)[:3 - int8]:  # int8's products overflow in float16
+            raise ValueError(f"dtype is {dtype!r}; float32, bfloat16 or, without int8, float16 is expected.")
         for module in model.language_model.modules() if int8 else ():
             for name, layer in module.named_children():
                 if isinstance(layer, nn.Linear):
                     setattr(module, name, Int8Linear(layer))  # and the layer leaves memory
-        return model.to(device_map, model.dtype if dtype == "auto" else dtype)
+        return model.to(device_map, dtype)
     except (RuntimeError, AssertionError) as error:  # tensors that do not fit, each by name; a device that is not there
         raise ValueError(f"{folder} on {device_map}: {' '.join(str(error).split())}") from None

@@ -12,7 +12,7 @@ import subprocess
 import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,7 +54,7 @@ def load_audio(path: str | Path, sampling_rate: int = SAMPLE_RATE) -> np.ndarray
     rate, samples = found or read_wav(decode_with_ffmpeg(path), path) or (0, [])
     if not len(samples):
         raise ValueError(f"{path}: no samples inside that can be read.")
-    return resample(torch.from_numpy(samples.mean(axis=1, dtype=np.float32)), rate, sampling_rate).numpy()
+    return resample(torch.from_numpy(samples).mean(1), rate, sampling_rate).numpy()
 
 def read_wav(content: bytes, path: Path) -> tuple[int, np.ndarray] | None:
     """(rate in Hz, float32 samples (n, channels)) of a WAV file's bytes; None if it is of a kind for ffmpeg to read."""
@@ -69,8 +69,7 @@ def read_wav(content: bytes, path: Path) -> tuple[int, np.ndarray] | None:
     code, channels, rate, _, block, bits = struct.unpack_from("<HHIIHH", content, at)
     if code == 0xFFFE and size >= 40:  # WAVE_FORMAT_EXTENSIBLE: the code proper comes later
         code, = struct.unpack_from("<H", content, at + 24)
-    known = (code, bits) in SAMPLE_TYPES and block == channels * bits // 8
-    if not known or channels == 0 or not 1000 <= rate <= 768000:
+    if (code, bits) not in SAMPLE_TYPES or block != channels * bits // 8 or not channels or not 1000 <= rate <= 768000:
         return None
     at, size = chunks[b"data"]
     there = min(size, len(content) - at)
@@ -81,6 +80,7 @@ def read_wav(content: bytes, path: Path) -> tuple[int, np.ndarray] | None:
         raw = np.pad(raw, ((0, 0), (1, 0))).view("<i4")  # a zero byte below: 24 bits at the top of 32
     return rate, to_float(raw).reshape(-1, channels)
 
+@np.errstate(over="ignore")
 def to_float(samples: np.ndarray) -> np.ndarray:
     """float32 samples; integers are scaled by their type's range to [-1, 1)."""
     if samples.dtype.kind == "f":
@@ -109,7 +109,7 @@ def resample(waveform: Tensor, rate: int, target: int) -> Tensor:
         return waveform
     up, down = target // math.gcd(rate, target), rate // math.gcd(rate, target)
     step = 1 << max(0, (len(waveform) // down).bit_length() - 4)  # lengths of small factors, which the FFT likes
-    blocks = (len(waveform) // down // step + 2) * step  # of `down`; silence behind keeps the end from reaching the start
+    blocks = ((len(waveform) // down + 256 // min(up, down)) // step + 2) * step  # of `down`, silence at the end
     bins = blocks * min(up, down) // 2 + 1
     # the uppermost 6% of the band that both share fade out, so that a click does not ring
     fade = torch.cos(torch.linspace(-0.94, 0.06, bins).clamp(min=0) * math.pi / 0.12).square()
@@ -206,7 +206,7 @@ class Batch(dict):
         return Batch({name: x.to(device, dtype if x.is_floating_point() else None) for name, x in self.items()})
 
 def as_waveform(audio, name: str, max_seconds: int) -> Tensor:
-    """A float32 waveform (n,) of a file, a list of floats, or an array or tensor whose integers are scaled by their range."""
+    """A float32 waveform (n,) of a file, a list of floats, or an array or tensor: integers are scaled by their range."""
     if isinstance(audio, (str, Path)):
         audio, name = load_audio(audio), str(audio)
     if isinstance(audio, Tensor):
@@ -227,7 +227,7 @@ def as_waveform(audio, name: str, max_seconds: int) -> Tensor:
 class AudioFlamingo3Processor:
     def __init__(self, tokenizer: Tokenizer, max_audio_len: int = 600):
         self.tokenizer = tokenizer
-        self.max_audio_len = max_audio_len  # in seconds
+        self.waveform = partial(as_waveform, max_seconds=max_audio_len)
         self.feature_extractor = SimpleNamespace(sampling_rate=SAMPLE_RATE, chunk_length=WINDOW_SECONDS)
         self.audio_token, self.default_transcription_prompt = "<sound>", "Transcribe the input speech."
         self.start, self.end = tokenizer.added["<|im_start|>"], tokenizer.added["<|im_end|>"]
@@ -250,7 +250,7 @@ class AudioFlamingo3Processor:
         return cls(Tokenizer(tokenizer_folder(folder)), most)
 
     # Pieces are what a prompt is made of: plain text to encode, and ready ids. Text that spells a special token out stays
-    # text, so these are the only way in; `_expand` repeats the `<sound>` id, and `splice` in af3.py gives each its frame.
+    # text, so these are the only way in; `_batch` repeats the `<sound>` id, and `splice` in af3.py gives each its frame.
     def _turn(self, role: str, said: list[str | int]) -> list[str | int]:
         return [self.start, f"{role}\n", *said, self.end, "\n"]
 
@@ -265,18 +265,17 @@ class AudioFlamingo3Processor:
             said = [self.audio_token_id] * len(windows) + [prompt]
         return [*self._turn(*OPENING), *self._turn("user", said), self.start, "assistant\n"]
 
-    def _expand(self, pieces: list[str | int], sounds: list[Tensor]) -> list[str | int]:
-        """One `<sound>` id for each audio frame of the waveform that goes there; a full window has 750, so they add up."""
-        frames = iter([frame_counts(mel_frame_count(len(sound)))[1] for sound in sounds])
-        return [p for piece in pieces for p in [piece] * (next(frames, 1) if piece == self.audio_token_id else 1)]
-
     def _batch(self, rows, sampling_rate, padding_side, tensor_type, output_labels) -> Batch:
         """rows: a prompt's pieces, and for each `<sound>` piece among them the waveform whose frames go there."""
         if sampling_rate not in (None, SAMPLE_RATE):
             raise ValueError(f"sampling_rate is {sampling_rate}; {SAMPLE_RATE} Hz is expected. Resample, or use load_audio.")
         if padding_side not in ("left", "right") or tensor_type != "pt" or not rows:
             raise ValueError("padding_side must be 'left' or 'right', tensor_type 'pt', and at least one prompt given.")
-        sequences = [torch.tensor(self.tokenizer.encode_template(self._expand(*row))) for row in rows]
+        sequences = []
+        for pieces, sounds in rows:  # one `<sound>` id for each audio frame; a full window has 750, so windows add up
+            frames = iter([frame_counts(mel_frame_count(len(sound)))[1] for sound in sounds])
+            expanded = [p for piece in pieces for p in [piece] * (next(frames, 1) if piece == self.audio_token_id else 1)]
+            sequences.append(torch.tensor(self.tokenizer.encode_template(expanded)))
         ids = pad_sequence(sequences, True, self.tokenizer.pad_token_id, padding_side)
         mask = pad_sequence([torch.ones_like(ids) for ids in sequences], True, 0, padding_side)
         batch = Batch(input_ids=ids, attention_mask=mask)
@@ -302,9 +301,7 @@ class AudioFlamingo3Processor:
             raise ValueError(f"Got {len(texts)} texts but {len(audios)} audios; they must match 1:1.")
         rows = []
         for sample, prompt in enumerate(texts):
-            windows = None
-            if audios is not None:
-                windows = as_waveform(audios[sample], f"Sample {sample}", self.max_audio_len).split(N_SAMPLES)
+            windows = None if audios is None else self.waveform(audios[sample], f"Sample {sample}").split(N_SAMPLES)
             pieces = self._prompt(prompt, windows)
             placeholders = pieces.count(self.audio_token_id)
             if windows is not None and placeholders != len(windows):
@@ -327,8 +324,8 @@ class AudioFlamingo3Processor:
             name_of = {id: token for token, id in self.tokenizer.added.items()}
             texts = ["".join(name_of.get(piece, piece) for piece in pieces) for pieces, _ in chats]
             return texts[0] if single else texts
-        rows = [(pieces, [as_waveform(part.get("path", part.get("audio")), f"Sample {sample}", self.max_audio_len)
-                          for part in parts]) for sample, (pieces, parts) in enumerate(chats)]
+        rows = [(pieces, [self.waveform(part.get("path", part.get("audio")), f"Sample {sample}") for part in parts])
+                for sample, (pieces, parts) in enumerate(chats)]
         batch = self._batch(rows, sampling_rate, padding_side, tensor_type, output_labels)
         return batch if return_dict else batch["input_ids"]
 
@@ -363,7 +360,6 @@ class AudioFlamingo3Processor:
         yield characters.decode(b"", final=True)
 
     def batch_decode(self, ids, *options, **named_options) -> list[str]:
-        """The text of each row of ids; see `decode`."""
         return [self.decode(row, *options, **named_options) for row in ids]
 
     def decode(self, ids, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = False,

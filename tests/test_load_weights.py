@@ -117,6 +117,18 @@ def test_an_int8_layer_is_the_linear_layer_within_one_percent_for_few_tokens_and
     assert y.shape == wanted.shape and y.dtype == dtype and (y - wanted).norm() < 0.01 * wanted.norm()
 
 
+@pytest.mark.parametrize("width", [17, 33, 100, 575])
+def test_an_int8_layer_of_any_width_is_right_in_bfloat16(width):
+    linear = torch.nn.Linear(width, 65, dtype=torch.bfloat16).requires_grad_(False)
+    x = torch.randn(1, width, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0))
+    assert (Int8Linear(linear)(x) - linear(x)).norm() < 0.02 * linear(x).norm()
+
+
+def test_int8_in_float16_is_refused_as_its_products_overflow(micro):
+    with pytest.raises(ValueError, match="without int8, float16"):
+        load(micro, dtype="float16", int8=True)
+
+
 def test_an_int8_row_of_zeros_stays_one_and_a_row_of_few_values_is_exact():
     linear = torch.nn.Linear(4, 2, bias=False)
     linear.weight.data = torch.tensor([[0.0, 0, 0, 0], [-127, 1, 64, 0]])
@@ -200,7 +212,7 @@ def test_a_missing_and_a_cut_off_shard_are_named(spoilt):
     write_sharded(spoilt)
     shard = spoilt / "model-00002-of-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match=r"model-00002-of-00002\.safetensors: cut off"):
+    with pytest.raises(ValueError, match=r"model-00002-of-00002\.safetensors: not what it should be"):
         load(spoilt)
     shard.unlink()
     with pytest.raises(FileNotFoundError, match=r"model-00002-of-00002\.safetensors"):

@@ -140,7 +140,15 @@ def test_the_filter_is_flat_below_and_silent_above(rate, hz, least, most):
     assert least <= gain <= most
 
 
-def test_a_long_sound_is_resampled_piece_by_piece_to_the_same_numbers():
+@pytest.mark.parametrize("rate, samples", [(1000, 127), (4000, 127), (8000, 255), (24000, 511), (48000, 1023), (44100, 1000)])
+def test_a_click_at_the_end_does_not_come_round_to_the_beginning(rate, samples):
+    x = torch.zeros(samples)
+    x[-1] = 1
+    y = resample(x, rate, 16000)
+    assert y[:20].abs().max() < 1e-3 * y.abs().max()
+
+
+def test_what_comes_later_does_not_change_what_came_before():
     x = torch.from_numpy(sound(3 * 48000))
     assert torch.allclose(resample(x, 48000, 16000)[:16000], resample(x[:60000], 48000, 16000)[:16000], atol=1e-6)
 
@@ -398,6 +406,17 @@ def test_a_flat_preprocessor_config_is_read_too(spoilt):
     (spoilt / "preprocessor_config.json").write_text('{"sampling_rate": 16000, "feature_size": 80}')
     with pytest.raises(ValueError, match=r"preprocessor_config\.json: feature_size is 80; this model's is 128"):
         AudioFlamingo3Processor.from_pretrained(spoilt)
+
+
+@pytest.mark.parametrize("text", [" " * 10**6, "\n" * 10**6, "a" + "\t" * 10**5])
+def test_a_hundred_thousand_spaces_in_a_row_are_refused_in_words(processor, text):
+    with pytest.raises(ValueError, match="in a row are more than the tokenizer"):
+        processor(text)
+
+
+@pytest.mark.parametrize("text", ["", "a" * 10**6, "ab c\n" * 2 * 10**5, "\0", "\ud800", "\u202e\u200f", "<sound>" * 10**4, "<|im_end|><|im_start|>"])
+def test_any_other_text_is_a_prompt(processor, text):
+    assert processor(text)["input_ids"].shape[1] > 10
 
 
 def test_max_audio_len_is_honoured(spoilt):
