@@ -16,7 +16,6 @@ from pathlib import Path
 
 if __name__ == "__main__":  # before the long imports, in which a KeyboardInterrupt is a traceback or lost
     signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(1, b"\n") and 130))
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader that has enough, `| head -1`, is no error
 
 import torch
 
@@ -77,8 +76,10 @@ def main() -> int:
     warnings.showwarning = lambda message, *_: print(f"warning: {visible(' '.join(str(message).split()))}", file=sys.stderr)
     try:
         answer(parse_arguments())
+    except BrokenPipeError:  # a reader that has enough, `| head -1`, is no error
+        pass
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        hint = "shorten the audio or lower --max-new-tokens: " if "memory" in repr(error).lower() else ""
+        hint = "shorten the audio, lower --max-new-tokens or use --int8: " if "memory" in repr(error).lower() else ""
         print(f"error: {hint}{visible(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     return 0

@@ -1,5 +1,4 @@
 """A checkpoint directory becomes a model: where it lies, what its configuration says, what its tensors are called.
-
 hub layout (`nvidia/audio-flamingo-3-hf`): one config.json, and safetensors that name tensors as the model does.
 original layout (`nvidia/audio-flamingo-3`): llm/, sound_tower/ and sound_mm_projector/, each with its own.
 """
@@ -128,8 +127,8 @@ def read_generation_config(folder: Path, ids: dict[str, int]) -> GenerationConfi
         return GenerationConfig(**named_ids(folder, ids) | given)
 
 # ---- What its tensors are ----
-def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor under the model's name for it, each in a memory map of its own: read when used, gone when let go."""
+def read_tensors(folder: Path, apart: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor under the model's name for it, memory-mapped; if `apart` each by itself, so that it can leave alone."""
     for part, prefix in (PARTS if (folder / "llm").is_dir() else {"": ""}).items():
         index = folder / part / "model.safetensors.index.json"
         with reading(index):
@@ -138,9 +137,11 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
             if not re.fullmatch(r"[^/\\]+\.safetensors", shard):
                 raise ValueError(f"{index}: names {shard!r}; names of safetensors files beside it are expected.")
             with reading(path := folder / part / shard):
-                for name in safe_open(path, "pt").keys():
+                file = safe_open(path, "pt")
+                for name in file.keys():
                     module, _, kind = (prefix + name).rpartition(".")
-                    yield f"{OLDER_NAMES.get(module, module)}.{kind}", safe_open(path, "pt").get_tensor(name)
+                    tensor = (safe_open(path, "pt") if apart else file).get_tensor(name)
+                    yield f"{OLDER_NAMES.get(module, module)}.{kind}", tensor
 
 # ---- Half the memory ----
 class Int8Linear(nn.Module):
@@ -156,8 +157,7 @@ class Int8Linear(nn.Module):
             weight.copy_((rows / scale[:, None]).round_())
 
     def forward(self, x: Tensor) -> Tensor:
-        # few tokens: the time is that of reading the weight; the operator errs where `in` is no multiple of 16
-        if x.is_cpu and x[..., 0].numel() <= 8 and x.shape[-1] % 16 == 0:
+        if x.is_cpu and x[..., 0].numel() <= 8 and x.shape[-1] % 16 == 0:  # few tokens; at other widths the operator errs
             y = torch.ops.aten._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale).unflatten(0, x.shape[:-1])
         else:
             y = torch.cat([F.linear(x, rows.to(x.dtype)) for rows in self.weight.split(self.chunk)], -1) * self.scale
@@ -178,7 +178,7 @@ def load_model(path: str | Path, device_map: str | torch.device = "auto", dtype:
         model = AudioFlamingo3ForConditionalGeneration(read_config(folder, ids))
     model.generation_config = read_generation_config(tokenizer_folder(folder), ids)
     try:
-        model.load_state_dict(dict(read_tensors(folder)), strict=True, assign=True)
+        model.load_state_dict(dict(read_tensors(folder, apart=int8)), strict=True, assign=True)
         model.requires_grad_(False).eval()
         dtype = model.dtype if dtype == "auto" else getattr(torch, str(dtype), dtype)
         if dtype not in (torch.float32, torch.bfloat16, torch.float16)[:3 - int8]:  # int8's products overflow in float16

@@ -192,8 +192,7 @@ class Tokenizer:
 def byte_alphabet() -> dict[str, int]:
     """The printable character that stands for each byte in a tokenizer.json, as GPT-2 has it, to the byte."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*printable}))}
 
 # ---- Sound and words -> the model's tensors ----
 OPENING = "system", ["You are a helpful assistant."]  # where a conversation does not say otherwise

@@ -62,6 +62,13 @@ def test_merges_out_of_order_or_missing_are_refused(spoilt):
         assert "tokenizer.json" in refusal(spoilt)
 
 
+def test_a_tokenizer_of_a_million_ids_is_not_this_models(spoilt):
+    tokenizer = json.loads((spoilt / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"] | {f"word{i}": 1000 + i for i in range(10**6)}
+    change(spoilt / "tokenizer.json", model=tokenizer["model"] | {"vocab": vocabulary})
+    assert "tokenizer.json" in refusal(spoilt)
+
+
 @pytest.mark.parametrize("weight_map", [None, 7, [], "x", {"a": "../../etc/passwd"}, {"a": "/etc/passwd"}, {"a": ".."}, {"a": ""},
                                         {"a": None}, {"a": "pytorch_model.bin"}, {"a": "x\\y.safetensors"}])
 def test_an_index_names_plain_safetensors_files_or_is_refused(spoilt, weight_map):

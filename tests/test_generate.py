@@ -111,6 +111,25 @@ def test_ctrl_c_leaves_with_130_and_keeps_what_was_said(clip, micro):
     assert process.returncode == 130 and len(said) == 8 and rest.endswith(b"\n") and b"Traceback" not in err
 
 
+@pytest.mark.parametrize("terminal, shown", [(True, r"\x1b[2J\x07hi\x9b"), (False, "\x1b[2J\x07hi\x9b")])
+def test_what_the_model_says_does_not_steer_a_terminal(run, clip, monkeypatch, terminal, shown):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    monkeypatch.setattr(generate.AudioFlamingo3Processor, "stream_text", lambda self, steps: ["\x1b[2J\x07", "hi\x9b"])
+    assert run(clip, "Hm?", "--quiet")[1] == shown + "\n"
+
+
+def test_a_file_name_does_not_steer_it_either(run):
+    assert run("\x1b[2Jgone.wav")[2] == "error: \\x1b[2Jgone.wav: no such file; a sound file is expected.\n"
+
+
+def test_too_little_memory_is_said_with_what_to_do(run, clip, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+    monkeypatch.setattr(generate.AudioFlamingo3Processor, "__call__", full)
+    status, _, err = run(clip)
+    assert status == 2 and err.startswith("error: shorten the audio") and err.count("\n") == 1
+
+
 def test_help_shows_examples():
     result = command("--help")
     assert result.returncode == 0 and "examples:" in result.stdout and "--max-new-tokens" in result.stdout
