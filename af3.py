@@ -224,10 +224,12 @@ class GenerationConfig:
 
     def __post_init__(self):
         for name, kind, least, most in (("max_new_tokens", int, 1, 1e9), ("top_k", int, 0, 1e9), ("top_p", float, 1e-6, 1),
-                                        ("temperature", float, 1e-6, 1e6), ("repetition_penalty", float, 1e-6, 1e6)):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, (int, kind)) and least <= value <= most):
-                raise ValueError(f"{name} is {value!r}; {kind.__name__} between {least} and {most} is expected.")
+                ("temperature", float, 1e-6, 1e6), ("repetition_penalty", float, 1e-6, 1e6),
+                ("do_sample", bool, 0, 1), ("pad_token_id", int, 0, 1e9), ("eos_token_id", int, 0, 1e9)):
+            given = getattr(self, name)
+            for value in given if isinstance(given, list) and name == "eos_token_id" else [given]:
+                if value is not None and not (isinstance(value, (int, kind)) and least <= value <= most):
+                    raise ValueError(f"{name} is {value!r}; {kind.__name__} between {least} and {most} is expected.")
 
 def next_token(logits: Tensor, seen: Tensor, options: GenerationConfig) -> Tensor:
     """The next ids (B,) of float32 logits (B, V); the repetition penalty falls on the ids `seen` (B, V)."""
@@ -285,11 +287,11 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
         A left-padded query has no key to attend to, and the softmax of nothing is NaN; so each row's padding is moved
         to its right, where causal attention never looks. The cache may already hold a conversation's past.
         """
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.bool()
         source = mask.argsort(descending=True, stable=True)
         real = mask.gather(1, source).bool()
-        if not bool(real[:, 0].all()):
-            raise ValueError("attention_mask: every row must hold a one.")
+        if mask.shape != input_ids.shape or not bool(real[:, 0].all()):
+            raise ValueError("attention_mask: of input_ids' shape, with a one in every row, is expected.")
         heard = input_features is not None
         frames = self.get_audio_features(input_features, feature_attention_mask) if heard else input_ids.new_empty(0)
         x = self.splice(input_ids.gather(1, source), frames)
@@ -311,7 +313,7 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
         back, loss = source.argsort(1), None
         logits = self.language_model.lm_head(x.take_along_dim(back[..., None], 1))
         if labels is not None:
-            targets = labels[:, 1:].masked_fill(~real.gather(1, back)[:, :-1], -100)
+            targets = labels[:, 1:].clone().masked_fill_(~real.gather(1, back)[:, :-1], -100)
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
         return SimpleNamespace(logits=logits, loss=loss)
 

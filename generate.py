@@ -1,5 +1,4 @@
 """Ask Audio Flamingo 3 about a sound: the answer goes to stdout as it is generated, what was done to stderr.
-
 examples:
   python generate.py speech.wav                       transcribes, with the embedded checkpoint tiny/
   python generate.py rain.mp3 "What sound is this?"   files other than WAV need ffmpeg
@@ -65,14 +64,14 @@ def answer(args: argparse.Namespace) -> None:
     print(flush=True)
     if not args.quiet:
         mask, frames = inputs["feature_attention_mask"], int((inputs["input_ids"] == processor.audio_token_id).sum())
-        heard = f"{int(mask.sum()) / 100:.1f} s: {len(mask)} window{'s' * (len(mask) > 1)}, {frames} audio frames"
-        print(f"heard {heard}", file=sys.stderr)
+        heard = f"heard {int(mask.sum()) / 100:.1f} s: {len(mask)} window{'s' * (len(mask) > 1)}, {frames} audio frames"
         rate = f", then {(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s" if len(times) > 1 else ""
-        print(f"said {len(times)} tokens: the first after {times[0]:.2f} s{rate}", file=sys.stderr)
+        print(f"{heard}\nsaid {len(times)} tokens: the first after {times[0]:.2f} s{rate}", file=sys.stderr)
 
 def main() -> int:
     """0; 2 for bad input or too little memory, with one line `error: …`. Ctrl-C leaves with 130, what was said stays."""
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # None where closed
+    sys.stdout.reconfigure(errors="backslashreplace")  # characters that its encoding lacks
     warnings.showwarning = lambda message, *_: print(f"warning: {visible(' '.join(str(message).split()))}", file=sys.stderr)
     try:
         answer(parse_arguments())

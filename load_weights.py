@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from af3 import (AudioFlamingo3Config, AudioFlamingo3EncoderConfig, AudioFlamingo3ForConditionalGeneration,
@@ -50,11 +50,11 @@ def tokenizer_folder(folder: Path) -> Path:
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     """A file's content that is not what the code inside takes it for becomes a ValueError that names the file."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: not a file.")
     try:
         yield
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file.") from None
-    except (OSError, ValueError, SafetensorError, LookupError, TypeError, AttributeError) as error:
+    except Exception as error:
         raise ValueError(str(error) if str(path) in str(error) else f"{path}: not what it should be ({error!r}).") from None
 
 def read_json(path: Path) -> dict:
@@ -75,8 +75,8 @@ def named_ids(folder: Path, ids: dict[str, int]) -> dict[str, int]:
     for key in ("pad_token", "eos_token"):
         token = config.get(key)
         token = token.get("content") if isinstance(token, dict) else token
-        if not isinstance(token, str) or token not in ids or "<sound>" not in ids:
-            raise ValueError(f"{path}: {key} is {token!r}; tokenizer.json beside it must add that and <sound>.")
+        if not isinstance(token, str) or not {token, "<sound>", "<|im_start|>", "<|im_end|>"} <= ids.keys():
+            raise ValueError(f"{path}: {key} is {token!r}; tokenizer.json beside it must add that, <sound> and <|im_…|>.")
         named[f"{key}_id"] = ids[token]
     return named
 
@@ -114,7 +114,7 @@ def read_config(folder: Path, ids: dict[str, int]) -> AudioFlamingo3Config:
             audio, text = (config | (config.get(name) or {}) for name in ("audio_config", "text_config"))
     audio, text = read_section(AudioFlamingo3EncoderConfig, audio, audio_path), read_section(Qwen2Config, text, path)
     sound = config.get("audio_token_id", ids.get("<sound>"))
-    if (text.vocab_size, sound) != (len(ids), ids.get("<sound>")):
+    if (text.vocab_size, sound) != (len(ids), ids.get("<sound>")) or {*ids.values()} != {*range(len(ids))}:
         raise ValueError(f"{path}: vocab_size is {text.vocab_size} and <sound> is {sound}; "
                          f"tokenizer.json beside it has {len(ids)} tokens, of which <sound> is {ids.get('<sound>')}.")
     return AudioFlamingo3Config(audio, text, sound)
@@ -188,5 +188,5 @@ def load_model(path: str | Path, device_map: str | torch.device = "auto", dtype:
                 if isinstance(layer, nn.Linear):
                     setattr(module, name, Int8Linear(layer))  # and the layer leaves memory
         return model.to(device_map, dtype)
-    except (RuntimeError, AssertionError) as error:  # tensors that do not fit, each by name; a device that is not there
+    except (RuntimeError, AssertionError, ImportError) as error:  # tensors that do not fit; no such device
         raise ValueError(f"{folder} on {device_map}: {' '.join(str(error).split())}") from None

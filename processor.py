@@ -37,7 +37,7 @@ N_MEL_FRAMES = N_SAMPLES // HOP               # 3000 mel frames a window
 MIN_SAMPLES = 2 * HOP + 1                     # 3 mel frames, 2 conv frames, 1 audio frame
 
 # ---- A file -> a mono waveform at 16 kHz ----
-FFMPEG_FORMATS = "mp3,flac,ogg,mov,matroska,avi,mpegts,aac,aiff,wav,w64"
+FFMPEG_FORMATS = "mp3,flac,ogg,mov,matroska,avi,mpegts,aac,aiff,wav,w64,asf,caf,amr"
 SAMPLE_TYPES = {(1, 8): "u1", (1, 16): "<i2", (1, 24): "3u1", (1, 32): "<i4", (3, 32): "<f4", (3, 64): "<f8"}  # code, bits
 
 def load_audio(path: str | Path, sampling_rate: int = SAMPLE_RATE) -> np.ndarray:
@@ -89,7 +89,7 @@ def to_float(samples: np.ndarray) -> np.ndarray:
     return ((samples.astype(np.float64) - (half if samples.dtype.kind == "u" else 0)) / half).astype(np.float32)
 
 def decode_with_ffmpeg(path: Path) -> bytes:
-    """The first audio stream of any container, as float WAV at its own rate and channels."""
+    """The first audio stream of a file in one of FFMPEG_FORMATS, as float WAV at its own rate and channels."""
     command = ["ffmpeg", "-nostdin", "-v", "error", "-protocol_whitelist", "file", "-format_whitelist", FFMPEG_FORMATS,
                "-i", f"file:{path.absolute()}", "-map", "0:a:0", "-f", "wav", "-c:a", "pcm_f32le", "-"]
     try:
@@ -177,10 +177,8 @@ class Tokenizer:
 
     def encode_template(self, pieces: list[str | int]) -> list[int]:
         """Ids of plain text and ready ids in turn; neighbouring texts are encoded in one piece."""
-        ids = []
-        for is_text, run in groupby(pieces, key=lambda piece: isinstance(piece, str)):
-            ids += self.encode("".join(run)) if is_text else run
-        return ids
+        runs = groupby(pieces, key=lambda piece: isinstance(piece, str))
+        return [id for is_text, run in runs for id in (self.encode("".join(run)) if is_text else run)]
 
     def token_bytes(self, ids, skip_special_tokens: bool = False) -> bytes:
         """UTF-8 of ids, possibly cut within a character; only the added tokens marked special are ever skipped."""
@@ -196,8 +194,8 @@ def byte_alphabet() -> dict[str, int]:
 
 # ---- Sound and words -> the model's tensors ----
 OPENING = "system", ["You are a helpful assistant."]  # where a conversation does not say otherwise
-TRANSCRIPTION = re.compile(r"\s*The (?:spoken content of the|transcription of the|content of the input) audio is"
-                           r"\b\s*(['\"]?)\s*(.*?)\s*\1\s*\.?\s*", re.DOTALL)  # the sentence the model frames one in
+TRANSCRIPTION = re.compile(r"\s*The (?:spoken content of the|transcription of the|content of the input) audio is\b"
+                           r"\s*(?!\s)(['\"]?)\s*(?!\s)(.*?)\s*(?!\s)\1\s*(?!\s)\.?\s*", re.DOTALL)  # the model's frame
 
 class Batch(dict):
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Batch":
@@ -240,12 +238,12 @@ class AudioFlamingo3Processor:
         config, flat = (read_json(file) if file.exists() else {} for file in files)
         nested = config.get("feature_extractor")
         file, extractor = (files[1], flat) if nested is None else (files[0], nested)
-        with reading(files[0]):
+        with reading(file):
             most = int(config.get("max_audio_len", 600))
-        for key, value in (("sampling_rate", SAMPLE_RATE), ("chunk_length", WINDOW_SECONDS), ("feature_size", N_MELS),
-                           ("n_fft", N_FFT), ("hop_length", HOP)):
-            if extractor.get(key, value) != value:
-                raise ValueError(f"{file}: {key} is {extractor[key]}; this model's is {value}.")
+            for key, value in (("sampling_rate", SAMPLE_RATE), ("chunk_length", WINDOW_SECONDS), ("feature_size", N_MELS),
+                               ("n_fft", N_FFT), ("hop_length", HOP)):
+                if extractor.get(key, value) != value:
+                    raise ValueError(f"{file}: {key} is {extractor[key]}; this model's is {value}.")
         return cls(Tokenizer(tokenizer_folder(folder)), most)
 
     # Pieces are what a prompt is made of: plain text to encode, and ready ids. Text that spells a special token out stays
@@ -323,22 +321,23 @@ class AudioFlamingo3Processor:
             name_of = {id: token for token, id in self.tokenizer.added.items()}
             texts = ["".join(name_of.get(piece, piece) for piece in pieces) for pieces, _ in chats]
             return texts[0] if single else texts
-        rows = [(pieces, [self.waveform(part.get("path", part.get("audio")), f"Sample {sample}") for part in parts])
+        rows = [(pieces, [self.waveform(p.get("path") or p.get("audio"), f"Sample {sample}") for p in parts])
                 for sample, (pieces, parts) in enumerate(chats)]
         batch = self._batch(rows, sampling_rate, padding_side, tensor_type, output_labels)
         return batch if return_dict else batch["input_ids"]
 
     def _chat(self, messages: list[dict], add_generation_prompt: bool) -> tuple[list[str | int], list[dict]]:
         """A conversation's pieces, one `<sound>` for each audio, and its audio parts in the same order."""
-        if not messages or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
+        good = (isinstance(m, dict) and "role" in m and isinstance(m.get("content", 0), str | list | None) for m in messages)
+        if not messages or not all(good):
             raise ValueError("A conversation of one or more messages, each with a role and content, is expected.")
         pieces, sounds = [], []
         if messages[0]["role"] != "system":
             pieces += self._turn(*OPENING)
         for role, content in ((m["role"], m["content"]) for m in messages if m["content"] is not None):
             parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            heard = [part for part in parts if part.get("type") == "audio" or "audio" in part]
-            texts = [part["text"] for part in parts if part.get("type") == "text" or "text" in part]
+            heard = [p for p in parts if isinstance(p, dict) and (p.get("type") == "audio" or "audio" in p)]
+            texts = [p["text"] for p in parts if isinstance(p, dict) and isinstance(p.get("text"), str)]
             if len(heard) + len(texts) != len(parts):
                 raise ValueError(f"A {role} message has a part that is neither text nor audio.")
             pieces += self._turn(role, [self.audio_token_id] * len(heard) + texts)

@@ -200,6 +200,12 @@ def test_greedy_tokens_of_a_row_are_the_same_alone_and_in_company(model, process
         assert torch.equal(together[row], alone)
 
 
+def test_a_mask_of_another_shape_is_refused(model, processor):
+    batch = processor("Hi", sound(4000)) | {"attention_mask": torch.ones(1, 5, dtype=torch.long)}
+    with pytest.raises(ValueError, match="^attention_mask: of input_ids' shape"):
+        model.generate(**batch)
+
+
 def test_a_row_of_nothing_but_padding_is_refused(model):
     with pytest.raises(ValueError, match="^attention_mask: "):
         model(torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[1, 1, 1], [0, 0, 0]]))

@@ -46,6 +46,8 @@ def test_a_size_that_is_none_is_named_with_its_file(spoilt, section, field, valu
 @pytest.mark.parametrize("file, fields, named", [
     ("config.json", {"audio_config": "x"}, "config.json"), ("config.json", {"text_config": [1]}, "config.json"),
     ("config.json", {"model_type": "musicflamingo"}, "musicflamingo"), ("config.json", {"audio_token_id": 5}, "<sound> is 5"),
+    ("generation_config.json", {"eos_token_id": "x"}, "eos_token_id"), ("generation_config.json", {"pad_token_id": [[1]]}, "pad_token_id"),
+    ("generation_config.json", {"do_sample": "no"}, "do_sample"), ("processor_config.json", {"feature_extractor": "x"}, "processor_config.json"),
     ("generation_config.json", {"temperature": "hot"}, "temperature"), ("generation_config.json", {"top_k": 0.5}, "top_k"),
     ("processor_config.json", {"max_audio_len": None}, "processor_config.json"), ("processor_config.json", {"feature_extractor": {"n_fft": 512}}, "n_fft"),
     ("tokenizer_config.json", {"pad_token": 7}, "pad_token"), ("tokenizer_config.json", {"eos_token": {"content": ["x"]}}, "eos_token"),
@@ -108,6 +110,21 @@ def test_a_directory_a_link_to_itself_and_a_pickle_in_the_place_of_weights_are_r
             return os.mkdir, (str(spoilt / "executed"),)
     path.write_bytes(pickle.dumps(Bomb()))
     assert "model.safetensors" in refusal(spoilt) and not (spoilt / "executed").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_pipe_in_the_place_of_a_file_is_refused_and_not_waited_for(spoilt, name):
+    (spoilt / name).unlink()
+    os.mkfifo(spoilt / name)
+    assert name in refusal(spoilt)
+
+
+@pytest.mark.parametrize("token, id", [("<|im_start|>", 5000), ("<|im_start|>", -4), ("<|im_start|>", "7"), ("[PAD]", 620), ("[PAD]", 10**30)])
+def test_token_ids_with_a_gap_or_a_double_are_refused(spoilt, token, id):
+    tokenizer = json.loads((spoilt / "tokenizer.json").read_text())
+    added = [entry | ({"id": id} if entry["content"] == token else {}) for entry in tokenizer["added_tokens"]]
+    change(spoilt / "tokenizer.json", added_tokens=added)
+    assert "json" in refusal(spoilt)
 
 
 def test_weights_that_are_not_numbers_are_named_when_they_are_first_used(spoilt):

@@ -419,6 +419,17 @@ def test_any_other_text_is_a_prompt(processor, text):
     assert processor(text)["input_ids"].shape[1] > 10
 
 
+@pytest.mark.parametrize("content", [5, [5], ["hi"], [None], [{"type": "text", "text": 619}], [{"type": "text", "text": None}], [{"type": "text"}], [{}]])
+def test_a_message_of_odd_content_is_refused_and_no_number_becomes_a_token(processor, content):
+    with pytest.raises(ValueError, match="message"):
+        processor.apply_chat_template([{"role": "user", "content": content}])
+
+
+def test_a_long_run_of_spaces_in_what_was_said_takes_no_time(processor):
+    said = "The transcription of the audio is '" + " " * 3000 + "x" + " " * 3000 + "y"
+    assert processor.decode(processor.tokenizer.encode(said), strip_prefix=True).startswith("'")
+
+
 def test_max_audio_len_is_honoured(spoilt):
     change(spoilt / "processor_config.json", max_audio_len=60)
     with pytest.warns(UserWarning, match=r"^70\.0 s of audio: only the first 60\.0 s are heard$"):
