@@ -12,6 +12,7 @@ import subprocess
 import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator
+from fractions import Fraction
 from functools import lru_cache, partial
 from itertools import groupby
 from pathlib import Path
@@ -107,14 +108,13 @@ def resample(waveform: Tensor, rate: int, target: int) -> Tensor:
     """(n,) at `rate` -> (ceil(n * target / rate),) at `target`, without delay: the spectrum is cut off or padded."""
     if rate == target:
         return waveform
-    up, down = target // math.gcd(rate, target), rate // math.gcd(rate, target)
+    up, down = Fraction(target, rate).limit_denominator(2000).as_integer_ratio()  # odd rates: to 3 ppm
     step = 1 << max(0, (len(waveform) // down).bit_length() - 4)  # lengths of small factors, which the FFT likes
     blocks = ((len(waveform) // down + 256 // min(up, down)) // step + 2) * step  # of `down`, silence at the end
     bins = blocks * min(up, down) // 2 + 1
-    # the uppermost 6% of the band that both share fade out, so that a click does not ring
-    fade = torch.cos(torch.linspace(-0.94, 0.06, bins).clamp(min=0) * math.pi / 0.12).square()
+    fade = torch.cos(torch.linspace(-0.94, 0.06, bins).clamp(min=0) * math.pi / 0.12).square()  # or clicks ring
     spectrum = torch.fft.rfft(waveform, blocks * down)[:bins] * fade
-    return torch.fft.irfft(spectrum, blocks * up)[:-(-len(waveform) * up // down)] * (up / down)
+    return torch.fft.irfft(spectrum, blocks * up)[:-(-len(waveform) * target // rate)] * (up / down)
 
 # ---- A waveform -> 30 s windows of log-mel ----
 @lru_cache

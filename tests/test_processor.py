@@ -133,6 +133,12 @@ def test_a_tone_comes_through_without_delay_at_65_decibels_signal_to_noise(rate)
     assert decibels(wanted[500:-500]) - decibels((y[:16000] - wanted)[500:-500]) >= 65
 
 
+@pytest.mark.parametrize("rate", [44101, 191999, 767999])
+def test_a_rate_nobody_uses_is_met_within_three_millionths(rate):
+    y, wanted = resample(tone(1000, rate), rate, 16000), tone(1000, 16000)
+    assert len(y) == 16000 and decibels(wanted[500:-500]) - decibels((y - wanted)[500:-500]) >= 35
+
+
 @pytest.mark.parametrize("rate", [44100, 48000, 96000])
 @pytest.mark.parametrize("hz, least, most", [(3000, -0.1, 0.1), (6500, -0.1, 0.1), (7000, -0.5, 0.5), (9500, -999, -60), (10500, -999, -80)])
 def test_the_filter_is_flat_below_and_silent_above(rate, hz, least, most):
