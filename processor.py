@@ -108,7 +108,7 @@ def resample(waveform: Tensor, rate: int, target: int) -> Tensor:
     """(n,) at `rate` -> (ceil(n * target / rate),) at `target`, without delay: the spectrum is cut off or padded."""
     if rate == target:
         return waveform
-    up, down = Fraction(target, rate).limit_denominator(2000).as_integer_ratio()  # odd rates: to 3 ppm
+    up, down = Fraction(target, rate).limit_denominator(2000).as_integer_ratio()  # odd rates: to 6 ppm
     step = 1 << max(0, (len(waveform) // down).bit_length() - 4)  # lengths of small factors, which the FFT likes
     blocks = ((len(waveform) // down + 256 // min(up, down)) // step + 2) * step  # of `down`, silence at the end
     bins = blocks * min(up, down) // 2 + 1
