@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,15 +27,9 @@ import torch.nn.functional as F
 from af3 import AudioFlamingo3ForConditionalGeneration
 from load_weights import Int8Linear
 from processor import SAMPLE_RATE, AudioFlamingo3Processor
+from tests.signals import conversation, sound
 
 PROMPT = "Describe the audio in detail."
-
-
-def sound(seconds: float) -> np.ndarray:
-    """A gliding tone under noise, (samples,) float32 at 16 kHz."""
-    t = np.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE
-    noise = np.random.default_rng(0).standard_normal(len(t))
-    return (0.3 * np.sin(2 * np.pi * (300 + 200 * (t % 5)) * t) + 0.05 * noise).astype(np.float32)
 
 
 class Ours:
@@ -73,8 +66,7 @@ class Theirs:
         self.processor = transformers.AutoProcessor.from_pretrained(checkpoint)
 
     def inputs(self, waveform: np.ndarray) -> dict:
-        parts = [{"type": "text", "text": PROMPT}, {"type": "audio", "audio": waveform}]
-        return self.processor.apply_chat_template([{"role": "user", "content": parts}], tokenize=True, return_dict=True,
+        return self.processor.apply_chat_template(conversation(waveform, PROMPT), tokenize=True, return_dict=True,
                                                   add_generation_prompt=True).to(self.model.device, self.model.dtype)
 
     def encode(self, inputs: dict) -> torch.Tensor:
@@ -109,10 +101,7 @@ def bare_loop(model: AudioFlamingo3ForConditionalGeneration) -> tuple[Callable[[
 
     def call() -> None:
         for module, x in zip(products, inputs):
-            if isinstance(module, Int8Linear) and x.is_cpu:
-                torch.ops.aten._weight_int8pack_mm(x, module.weight, module.scale)
-            else:
-                F.linear(x, module.weight)
+            module(x) if isinstance(module, Int8Linear) else F.linear(x, module.weight)
     return call, sum(m.weight.numel() * m.weight.element_size() for m in products)
 
 
@@ -123,7 +112,7 @@ def measure(args: argparse.Namespace, int8: bool) -> tuple[list[str], torch.Tens
     sides, peaks = [Ours(model, args.checkpoint)], []
     bare, size = bare_loop(model)
     for seconds in args.seconds:  # a first time without company, which also warms up
-        time_side(sides[0], sound(seconds), args.tokens)
+        time_side(sides[0], sound(round(seconds * SAMPLE_RATE)), args.tokens)
         peaks.append(torch.cuda.max_memory_allocated() / 1e9 if model.device.type == "cuda"
                      else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
     if not args.alone and not int8:
@@ -136,7 +125,7 @@ def measure(args: argparse.Namespace, int8: bool) -> tuple[list[str], torch.Tens
         rounds, loops = [[] for _ in sides], []
         for _ in range(args.rounds):
             for side, times in zip(sides, rounds):
-                times.append(time_side(side, sound(seconds), args.tokens))
+                times.append(time_side(side, sound(round(seconds * SAMPLE_RATE)), args.tokens))
             start = finish(model.device)
             for _ in range(args.tokens - 1):
                 bare()
@@ -147,7 +136,7 @@ def measure(args: argparse.Namespace, int8: bool) -> tuple[list[str], torch.Tens
                  compare([1 / token for token in each], more_is_better=True),
                  f"{size / each[0] / 1e9:.1f} of {size / loop / 1e9:.1f} = {loop / each[0]:.0%}", f"{peak:.2f} GB"]
         rows.append("| " + " | ".join(cells) + " |")
-    x, real, _ = model.prefill(**sides[0].inputs(sound(args.seconds[0])))
+    x, real, _ = model.prefill(**sides[0].inputs(sound(round(args.seconds[0] * SAMPLE_RATE))))
     return rows, model.language_model.lm_head(x[0, real[0]][-16:]).float().cpu()
 
 

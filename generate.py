@@ -58,6 +58,7 @@ def answer(args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed % 2**64)
     options = {name: getattr(args, name) for name in GenerationConfig.__dataclass_fields__ if name in args}
     start, times = time.perf_counter(), []
+    # each step is timed on its way to the text, which may come later: a character waits for its last byte
     steps = (times.append(time.perf_counter() - start) or ids for ids in model.stream(**inputs.to(model.device), **options))
     for text in processor.stream_text(steps):
         print(visible(text) if sys.stdout.isatty() else text, end="", flush=True)

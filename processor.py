@@ -287,7 +287,6 @@ class AudioFlamingo3Processor:
                  tensor_type: str = "pt", output_labels: bool = False) -> Batch:
         """One user turn a prompt, ready for the answer: input_ids and attention_mask (B, T) int64; with audio also
         input_features (W, 128, 3000) float32 and feature_attention_mask (W, 3000) int64, W windows of the whole batch.
-
         audio: one a prompt, 1-D at 16 kHz or a file. `<sound>` in a prompt places one window; without any, all stand in
         front. A prompt that starts with `<|im_start|>` is a finished template. output_labels: labels (B, T), -100 on
         audio and padding. Raises ValueError.

@@ -1,13 +1,12 @@
 """What takes longer than a test may: serves many answers, interrupts many runs, and prints the README's table of figures.
 
-    python tests/endure.py [--answers 1000] [--interrupts 100]        about six minutes on 2 cores; leaves with 1 if a line fails
+    python tests/endure.py [--answers 1000] [--interrupts 100]        about three minutes on 2 quiet cores; leaves with 1 if a line fails
 """
 import argparse
 import os
 import random
 import resource
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 from af3 import AudioFlamingo3ForConditionalGeneration
 from processor import AudioFlamingo3Processor
 from signals import sound
+from test_bad_sound import wav
 
 TINY = TESTS.parent / "tiny"
 CLIP = TINY / "samples" / "digits.wav"
@@ -104,7 +104,7 @@ def obstruct() -> None:
     said = os.read(reading, 100)
     row("a reader that is late", said.decode().strip(), stalled.wait(20) == 0 and said == b"seven three one\n")
     with tempfile.NamedTemporaryFile(suffix=".wav") as clip:
-        clip.write(struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 2**31, b"WAVE", b"fmt ", 16, 1, 1, 16000, 32000, 2, 16, b"data", 19_200_000) + bytes(19_200_000))
+        clip.write(wav(pcm=bytes(600 * 32000)))
         clip.flush()
         script = ("import generate, resource, sys; now = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize();"
                   "resource.setrlimit(resource.RLIMIT_AS, (now + 300_000_000,) * 2); sys.exit(generate.main())")
