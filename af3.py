@@ -57,7 +57,6 @@ class AudioFlamingo3Attention(nn.Module):
         self.v_proj = nn.Linear(hidden, hidden)
         self.q_proj = nn.Linear(hidden, hidden)
         self.out_proj = nn.Linear(hidden, hidden)
-
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         # q is scaled before the product, not after: in bfloat16 the order shows. The projections' width counts the heads.
         projected = self.q_proj(x) * self.head_dim ** -0.5, self.k_proj(x), self.v_proj(x)
@@ -73,7 +72,6 @@ class AudioFlamingo3EncoderLayer(nn.Module):
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size)
-
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         x = x + self.self_attn(self.self_attn_layer_norm(x), mask)
         return x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
@@ -87,7 +85,6 @@ class AudioFlamingo3Encoder(nn.Module):
         self.embed_positions = nn.Embedding.from_pretrained(positions, freeze=False)
         self.layers = nn.ModuleList(AudioFlamingo3EncoderLayer(config) for _ in range(config.num_hidden_layers))
         self.layer_norm = nn.LayerNorm(config.hidden_size)
-
     def forward(self, input_features: Tensor, feature_attention_mask: Tensor) -> Tensor:
         """Whisper's encoder, an average pool over time, a LayerNorm: states (W, K of the longest window, H).
         input_features: (W, mel bins, mel frames), up to 30 s, cast to the encoder's own dtype.
@@ -110,7 +107,6 @@ class AudioFlamingo3MultiModalProjector(nn.Module):
         super().__init__()
         self.linear_1 = nn.Linear(audio_hidden, text_hidden)
         self.linear_2 = nn.Linear(text_hidden, text_hidden)
-
     def forward(self, frames: Tensor) -> Tensor:
         return self.linear_2(F.gelu(self.linear_1(frames)))
 
@@ -121,6 +117,7 @@ class KeyValueCache:
         shape = config.num_hidden_layers, 2, rows, config.num_key_value_heads, slots, config.head_dim
         self.keys_values = torch.empty(shape, dtype=dtype, device=device)
         self.visible = torch.zeros(rows, slots, dtype=torch.bool, device=device)  # False where a row was padded
+        self.seen = torch.zeros(rows, config.vocab_size, dtype=torch.bool, device=device)  # ids, for the repetition penalty
         self.used = 0  # slots
 
 def rotary_tables(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -146,7 +143,6 @@ class Qwen2Attention(nn.Module):
         self.k_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim)
         self.v_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, hidden, bias=False)
-
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cached: Tensor | None) -> Tensor:
         projected = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in projected)  # (B, heads, T, D)
@@ -168,7 +164,6 @@ class Qwen2MLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
@@ -179,7 +174,6 @@ class Qwen2DecoderLayer(nn.Module):
         self.mlp = Qwen2MLP(config)
         self.input_layernorm = Qwen2RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = Qwen2RMSNorm(config.hidden_size, config.rms_norm_eps)
-
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cached: Tensor | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, cached)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -191,7 +185,6 @@ class Qwen2Model(nn.Module):
         self.embed_tokens = nn.Embedding.from_pretrained(torch.zeros(config.vocab_size, config.hidden_size), freeze=False)
         self.layers = nn.ModuleList(Qwen2DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = Qwen2RMSNorm(config.hidden_size, config.rms_norm_eps)
-
     def forward(self, x: Tensor, real: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Hidden states (B, T, H) of embeddings x (B, T, H), padded on the right where `real` (B, T) is False."""
         tokens, mask, cached, visible = x.shape[1], None, [None] * len(self.layers), real
@@ -221,7 +214,6 @@ class GenerationConfig:
     repetition_penalty: float = 1.0
     eos_token_id: int | list[int] = field(default_factory=list)  # [] never stops early
     pad_token_id: int = 0                                         # what a finished row goes on with
-
     def __post_init__(self):
         for name, kind, least, most in (("max_new_tokens", int, 1, 1e9), ("top_k", int, 0, 1e9), ("top_p", float, 1e-6, 1),
                 ("temperature", float, 1e-6, 1e6), ("repetition_penalty", float, 1e-6, 1e6),
@@ -255,10 +247,9 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
             "model": Qwen2Model(text), "lm_head": nn.Linear(text.hidden_size, text.vocab_size, bias=False)})
 
     @classmethod
-    def from_pretrained(cls, path, device_map="auto", dtype="auto", int8=False) -> "AudioFlamingo3ForConditionalGeneration":
+    def from_pretrained(cls, path, *arguments, **options) -> "AudioFlamingo3ForConditionalGeneration":
         from load_weights import load_model  # its docstring says what the arguments mean
-        return load_model(path, device_map, dtype, int8)
-
+        return load_model(path, *arguments, **options)
     device = property(lambda self: self.language_model.model.embed_tokens.weight.device)
     dtype = property(lambda self: self.language_model.model.embed_tokens.weight.dtype)
 
@@ -295,7 +286,9 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
         heard = input_features is not None
         frames = self.get_audio_features(input_features, feature_attention_mask) if heard else input_ids.new_empty(0)
         x = self.splice(input_ids.gather(1, source), frames)
-        return self.language_model.model(x, real, cache), real, source
+        part = 1024 if cache is not None and cache.used else x.shape[1]  # after a past the mask is a part's tokens x slots
+        states = [self.language_model.model(*parts, cache) for parts in zip(x.split(part, 1), real.split(part, 1))]
+        return torch.cat(states, 1), real, source
 
     def decode_one_token(self, token_ids: Tensor, cache: KeyValueCache) -> Tensor:
         """Logits (B, V) after one more token a row, (B,). A `<sound>` the model itself said is an id like any other."""
@@ -319,28 +312,29 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
 
     @torch.inference_mode()
     def stream(self, input_ids: Tensor, attention_mask: Tensor | None = None, input_features: Tensor | None = None,
-               feature_attention_mask: Tensor | None = None, **options) -> Iterator[Tensor]:
-        """The new ids (B,) of each step as soon as they are known; options are `GenerationConfig`'s fields."""
+               feature_attention_mask: Tensor | None = None, cache: KeyValueCache | None = None, **options) -> Iterator[Tensor]:
+        """The new ids (B,) of each step; options are `GenerationConfig`'s fields, `cache` may hold a conversation's past."""
         options = replace(self.generation_config, **{name: given for name, given in options.items() if given is not None})
-        (rows, tokens), limit = input_ids.shape, self.config.text_config.max_position_embeddings
-        if tokens + options.max_new_tokens > limit:
+        rows, tokens = input_ids.shape[0], input_ids.shape[1] + (cache.used if cache else 0)
+        slots, limit = tokens + options.max_new_tokens, self.config.text_config.max_position_embeddings
+        if slots > limit:
             raise ValueError(f"The prompt's {tokens} tokens and max_new_tokens={options.max_new_tokens} are more than the "
                              f"model's {limit} positions; shorten the audio or lower max_new_tokens.")
-        cache = KeyValueCache(self.config.text_config, rows, tokens + options.max_new_tokens, self.dtype, self.device)
+        cache = cache or KeyValueCache(self.config.text_config, rows, slots, self.dtype, self.device)
         x, real, source = self.prefill(input_ids, attention_mask, input_features, feature_attention_mask, cache)
         logits = self.language_model.lm_head(x[torch.arange(rows, device=x.device), real.sum(-1) - 1])  # (B, V)
         if not bool(logits.isfinite().all()):
             bad = next((name for name, w in self.state_dict().items() if not bool(w.isfinite().all())), "none: overflow")
             raise ValueError(f"The first logits are not finite. The first tensor that holds NaN or infinity: {bad}.")
-        seen = torch.zeros_like(logits, dtype=torch.long).scatter_add(1, input_ids.gather(1, source), real.long()) > 0
+        cache.seen |= torch.zeros_like(logits, dtype=torch.long).scatter_add(1, input_ids.gather(1, source), real.long()) > 0
         ends = torch.tensor(options.eos_token_id, dtype=torch.long, device=x.device)
         finished = torch.zeros(rows, dtype=torch.bool, device=x.device)
         for step in range(options.max_new_tokens):
             if step:
                 logits = self.decode_one_token(token_ids, cache)
-            token_ids = next_token(logits.float(), seen, options).masked_fill(finished, options.pad_token_id)
+            token_ids = next_token(logits.float(), cache.seen, options).masked_fill(finished, options.pad_token_id)
             yield token_ids
-            seen.scatter_(1, token_ids[:, None], True)
+            cache.seen.scatter_(1, token_ids[:, None], True)
             finished |= torch.isin(token_ids, ends)
             if bool(finished.all()):
                 return

@@ -3,15 +3,16 @@ examples:
   python generate.py speech.wav                       transcribes, with the embedded checkpoint tiny/
   python generate.py rain.mp3 "What sound is this?"   files other than WAV need ffmpeg
   python generate.py talk.flac "Summarize." --model nvidia/audio-flamingo-3-hf --int8
+  python generate.py --chat talk.flac                 a conversation
+  python generate.py a.wav recordings/ "Who speaks?"  an answer for each, as JSON lines
 """
 import argparse
 import os
-import re
 import signal
 import sys
 import time
 import warnings
-from pathlib import Path
+from collections.abc import Iterator
 
 if __name__ == "__main__":  # before the long imports, in which a KeyboardInterrupt is a traceback or lost
     signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(1, b"\n") and 130))
@@ -19,17 +20,21 @@ if __name__ == "__main__":  # before the long imports, in which a KeyboardInterr
 import torch
 
 from af3 import AudioFlamingo3ForConditionalGeneration, GenerationConfig
+from load_weights import load_model
 from processor import AudioFlamingo3Processor
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+VISIBLE = {c: f"\\x{c:02x}" for c in (*range(9), *range(11, 32), *range(127, 160))}  # what steers a terminal is shown, not sent
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, add_help=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("audio", help="a sound file: WAV, or with ffmpeg mp3, flac, ogg, m4a, opus, video")
+    add("audio", nargs="?", help="a sound file: WAV, or with ffmpeg mp3, flac, ogg, m4a, opus, video")
     add("prompt", nargs="?", help="a question or instruction; without one the speech is transcribed")
-    add("--model", default=Path(__file__).resolve().parent / "tiny", help="a directory or cached hub name (default: tiny/)")
+    add("--model", default=os.path.join(os.path.dirname(os.path.realpath(__file__)), "tiny"), help="a directory or cached hub name (default: tiny/)")
     add("--max-new-tokens", type=int, metavar="N", help="stop after N tokens (default: the checkpoint's, else 512)")
     add("--device", default="auto", help="cpu, cuda or mps (default: the best there is)")
     add("--dtype", default="auto", help="float32, bfloat16 or float16 (default: the checkpoint's own)")
+    add("--think", action="store_true", help="with the AF-Think adapter that lies in the model's directory")
     add("--int8", action="store_true", help="the decoder in int8: half the memory, and on a CPU twice as fast if large")
     add("--sample", dest="do_sample", action="store_true", default=None, help="draw tokens at random, not the likeliest")
     add("--temperature", type=float, metavar="T", help="with --sample: above 1 bolder, below 1 safer")
@@ -41,46 +46,55 @@ def parse_arguments() -> argparse.Namespace:
     def refuse(message: str) -> None:  # instead of argparse's usage over several lines
         raise ValueError(f"{message}; see --help")
     parser.error = refuse
-    return parser.parse_intermixed_args()  # a prompt may come after an option
+    return parser
 
-def visible(text: str) -> str:
-    """The text without what steers a terminal: control characters are shown, not sent."""
-    return re.sub(r"[\0-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
+def one_line(message: object) -> str:
+    return " ".join(str(message).split()).translate(VISIBLE)
 
-def answer(args: argparse.Namespace) -> None:
-    """Prints the answer as it comes; unless --quiet, one line of what was heard and one of what was done."""
-    if (args.prompt or "").startswith("<|im_start|>"):
-        raise ValueError("The prompt starts with <|im_start|>; ask in plain words.")
-    processor = AudioFlamingo3Processor.from_pretrained(args.model)
-    inputs = processor(processor.default_transcription_prompt if args.prompt is None else args.prompt, args.audio)
-    model = AudioFlamingo3ForConditionalGeneration.from_pretrained(args.model, args.device, args.dtype, args.int8)
+def model_and_options(args: argparse.Namespace) -> tuple[AudioFlamingo3ForConditionalGeneration, dict]:
     if args.seed is not None:
         torch.manual_seed(args.seed % 2**64)
     options = {name: getattr(args, name) for name in GenerationConfig.__dataclass_fields__ if name in args}
+    return load_model(args.model, args.device, args.dtype, args.int8, args.think), options
+
+def say(processor: AudioFlamingo3Processor, steps: Iterator[torch.Tensor], heard: str | None) -> None:
+    """Prints an answer as its steps come, and on stderr, unless `heard` is None, that and what was done."""
     start, times = time.perf_counter(), []
     # each step is timed on its way to the text, which may come later: a character waits for its last byte
-    steps = (times.append(time.perf_counter() - start) or ids for ids in model.stream(**inputs.to(model.device), **options))
-    for text in processor.stream_text(steps):
-        print(visible(text) if sys.stdout.isatty() else text, end="", flush=True)
+    for text in processor.stream_text(times.append(time.perf_counter() - start) or ids for ids in steps):
+        print(text.translate(VISIBLE) if sys.stdout.isatty() else text, end="", flush=True)
     print(flush=True)
-    if not args.quiet:
-        mask, frames = inputs["feature_attention_mask"], int((inputs["input_ids"] == processor.audio_token_id).sum())
-        heard = f"heard {int(mask.sum()) / 100:.1f} s: {len(mask)} window{'s' * (len(mask) > 1)}, {frames} audio frames"
+    if heard is not None:
         rate = f", then {(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s" if len(times) > 1 else ""
-        print(f"{heard}\nsaid {len(times)} tokens: the first after {times[0]:.2f} s{rate}", file=sys.stderr)
+        print(f"{heard}said {len(times)} tokens: the first after {times[0]:.2f} s{rate}", file=sys.stderr)
+
+def answer(args: argparse.Namespace) -> None:
+    if (args.prompt or "").startswith("<|im_start|>"):
+        raise ValueError("The prompt starts with <|im_start|>; ask in plain words.")
+    processor = AudioFlamingo3Processor.from_pretrained(args.model)
+    inputs = processor.apply_transcription_request(args.audio, args.prompt)
+    mask, frames = inputs["feature_attention_mask"], int((inputs["input_ids"] == processor.audio_token_id).sum())
+    heard = f"heard {int(mask.sum()) / 100:.1f} s: {len(mask)} window{'s' * (len(mask) > 1)}, {frames} audio frames\n"
+    model, options = model_and_options(args)
+    say(processor, model.stream(**inputs.to(model.device), **options), None if args.quiet else heard)
 
 def main() -> int:
     """0; 2 for bad input or too little memory, with one line `error: …`. Ctrl-C leaves with 130, what was said stays."""
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # None where closed
     sys.stdout.reconfigure(errors="backslashreplace")  # characters that its encoding lacks
-    warnings.showwarning = lambda message, *_: print(f"warning: {visible(' '.join(str(message).split()))}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_: print(f"warning: {one_line(message)}", file=sys.stderr)
     try:
-        answer(parse_arguments())
+        args, others = make_parser().parse_known_intermixed_args()  # a prompt may come after an option
+        if others or args.audio is None or os.path.isdir(args.audio) or os.path.exists(args.prompt or ""):
+            import ways  # whatever is not one sound and one answer
+            ways.main()
+        else:
+            answer(args)
     except BrokenPipeError:  # a reader that has enough, `| head -1`, is no error
         pass
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         hint = "shorten the audio, lower --max-new-tokens or use --int8: " if "memory" in repr(error).lower() else ""
-        print(f"error: {hint}{visible(' '.join(str(error).split()))}", file=sys.stderr)
+        print(f"error: {hint}{one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -24,10 +24,12 @@ FIXED = {"activation_function": "gelu", "hidden_act": "silu", "projector_hidden_
          "rope_scaling": None, "num_mel_bins": 128, "max_source_positions": 1500}
 OLDER_KEYS = {"d_model": "hidden_size", "encoder_layers": "num_hidden_layers", "encoder_ffn_dim": "intermediate_size",
               "encoder_attention_heads": "num_attention_heads"}
-# the original layout: folder -> prefix of its tensors in the model
-PARTS = {"llm": "language_model.", "sound_tower": "audio_tower.", "sound_mm_projector": "multi_modal_projector."}
-OLDER_NAMES = {"multi_modal_projector.layers.0": "multi_modal_projector.linear_1",
-               "multi_modal_projector.layers.2": "multi_modal_projector.linear_2"}
+# how a tensor's name begins in files of peft, of transformers 5 and of the original layout -> how it does in the model
+SPELLINGS = {"base_model.model.": "", "model.language_model.": "language_model.model.", "model.": "",
+             "lm_head.": "language_model.lm_head.", "llm.": "language_model.", "sound_tower.": "audio_tower.",
+             "audio_tower.audio_tower.": "audio_tower.", "sound_mm_projector.": "multi_modal_projector.",
+             "multi_modal_projector.layers.0": "multi_modal_projector.linear_1",
+             "multi_modal_projector.layers.2": "multi_modal_projector.linear_2"}
 
 # ---- Where a checkpoint lies ----
 def find_checkpoint(name: str | Path) -> Path:
@@ -36,10 +38,9 @@ def find_checkpoint(name: str | Path) -> Path:
         return Path(name)
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
-    snapshots = cache / f"models--{str(name).replace('/', '--')}" / "snapshots"
-    main = snapshots.parent / "refs" / "main"
-    if main.is_file() and (snapshots / main.read_text().strip()).is_dir():
-        return snapshots / main.read_text().strip()
+    model = cache / f"models--{str(name).replace('/', '--')}"
+    if (main := model / "refs" / "main").is_file() and (model / "snapshots" / main.read_text().strip()).is_dir():
+        return model / "snapshots" / main.read_text().strip()
     raise FileNotFoundError(f"{name}: no such directory, and no such model in {cache}. To fetch the official one: "
                             "hf download nvidia/audio-flamingo-3-hf")
 
@@ -83,10 +84,11 @@ def named_ids(folder: Path, ids: dict[str, int]) -> dict[str, int]:
 def known_fields(cls: type, section: dict) -> dict:
     return {f.name: section[f.name] for f in fields(cls) if section.get(f.name) is not None}
 
-def read_section(cls: type, section: dict, path: Path):
-    """An instance of a configuration dataclass from its section of config.json, in either spelling of the keys."""
+def read_section(cls: type, name: str, path: Path):
+    """An instance of a configuration dataclass from config.json or its section `name`, in either spelling of the keys."""
     with reading(path):
-        section = section | (section.get("rope_parameters") or {})
+        section = (whole := read_json(path)) | (whole.get(name) or {})
+        section |= section.get("rope_parameters") or {}
     for key, value in FIXED.items():
         if section.get(key, value) != value:
             raise ValueError(f"{path}: {key} is {section[key]!r}; only {value!r} is supported.")
@@ -106,13 +108,9 @@ def read_config(folder: Path, ids: dict[str, int]) -> AudioFlamingo3Config:
     config = read_json(path)
     if config.get("model_type") not in ("audioflamingo3", "llava_llama"):  # hub, original
         raise ValueError(f"{path}: model_type is {config.get('model_type')!r}; an audioflamingo3 checkpoint is expected.")
-    if (folder / "llm").is_dir():
-        audio_path, path = folder / "sound_tower" / "config.json", folder / "llm" / "config.json"
-        audio, text = read_json(audio_path), read_json(path)
-    else:
-        with reading(audio_path := path):
-            audio, text = (config | (config.get(name) or {}) for name in ("audio_config", "text_config"))
-    audio, text = read_section(AudioFlamingo3EncoderConfig, audio, audio_path), read_section(Qwen2Config, text, path)
+    audio_part, text_part = ("sound_tower", "llm") if (folder / "llm").is_dir() else ("", "")
+    audio = read_section(AudioFlamingo3EncoderConfig, "audio_config", folder / audio_part / "config.json")
+    text = read_section(Qwen2Config, "text_config", path := folder / text_part / "config.json")
     sound = config.get("audio_token_id", ids.get("<sound>"))
     if (text.vocab_size, sound) != (len(ids), ids.get("<sound>")) or {*ids.values()} != {*range(len(ids))}:
         raise ValueError(f"{path}: vocab_size is {text.vocab_size} and <sound> is {sound}; "
@@ -121,15 +119,14 @@ def read_config(folder: Path, ids: dict[str, int]) -> AudioFlamingo3Config:
 
 def read_generation_config(folder: Path, ids: dict[str, int]) -> GenerationConfig:
     """generation_config.json's fields; end and padding ids it does not give are the tokenizer's."""
-    path = folder / "generation_config.json"
-    given = known_fields(GenerationConfig, read_json(path)) if path.exists() else {}
-    with reading(path):
+    with reading(path := folder / "generation_config.json"):
+        given = known_fields(GenerationConfig, read_json(path)) if path.exists() else {}
         return GenerationConfig(**named_ids(folder, ids) | given)
 
 # ---- What its tensors are ----
 def read_tensors(folder: Path, apart: bool = False) -> Iterator[tuple[str, Tensor]]:
     """Every tensor under the model's name for it, memory-mapped; if `apart` each by itself, so that it can leave alone."""
-    for part, prefix in (PARTS if (folder / "llm").is_dir() else {"": ""}).items():
+    for part in ("llm", "sound_tower", "sound_mm_projector") if (folder / "llm").is_dir() else ("",):
         index = folder / part / "model.safetensors.index.json"
         with reading(index):
             shards = set(map(str, read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
@@ -139,9 +136,13 @@ def read_tensors(folder: Path, apart: bool = False) -> Iterator[tuple[str, Tenso
             with reading(path := folder / part / shard):
                 file = safe_open(path, "pt")
                 for name in file.keys():
-                    module, _, kind = (prefix + name).rpartition(".")
                     tensor = (safe_open(path, "pt") if apart else file).get_tensor(name)
-                    yield f"{OLDER_NAMES.get(module, module)}.{kind}", tensor
+                    yield model_name(f"{part}.{name}".removeprefix(".")), tensor
+
+def model_name(name: str) -> str:
+    for spelling, ours in SPELLINGS.items():
+        name = ours + name.removeprefix(spelling) if name.startswith(spelling) else name
+    return name
 
 # ---- Half the memory ----
 class Int8Linear(nn.Module):
@@ -155,7 +156,6 @@ class Int8Linear(nn.Module):
             rows = rows.float()
             scale.copy_(rows.abs().amax(1) / 127).clamp_(min=torch.finfo(scale.dtype).tiny)
             weight.copy_((rows / scale[:, None]).round_())
-
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cpu and x[..., 0].numel() <= 8 and x.shape[-1] % 16 == 0:  # few tokens; at other widths the operator errs
             y = torch.ops.aten._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale).unflatten(0, x.shape[:-1])
@@ -164,11 +164,11 @@ class Int8Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 def load_model(path: str | Path, device_map: str | torch.device = "auto", dtype: torch.dtype | str = "auto",
-               int8: bool = False) -> AudioFlamingo3ForConditionalGeneration:
+               int8: bool = False, think: bool = False) -> AudioFlamingo3ForConditionalGeneration:
     """The model of a checkpoint directory in either layout, or of a hub name; for inference.
     device_map: "auto" is CUDA, else MPS, else the CPU. dtype: "auto" is the checkpoint's own, else a torch.dtype or its
-    name. int8: the decoder's linear layers are quantised. Raises FileNotFoundError or ValueError, naming file, field or
-    tensor; nothing half-loaded is returned.
+    name. int8: the decoder's linear layers are quantised. think: the AF-Think adapter beside the checkpoint is merged in.
+    Raises FileNotFoundError or ValueError, naming file, field or tensor; nothing half-loaded is returned.
     """
     folder = find_checkpoint(path)
     if device_map == "auto":
@@ -183,6 +183,9 @@ def load_model(path: str | Path, device_map: str | torch.device = "auto", dtype:
         dtype = model.dtype if dtype == "auto" else getattr(torch, str(dtype), dtype)
         if dtype not in (torch.float32, torch.bfloat16, torch.float16)[:3 - int8]:  # int8's products overflow in float16
             raise ValueError(f"dtype is {dtype!r}; float32, bfloat16 or, without int8, float16 is expected.")
+        if think:
+            from ways import merge_adapter
+            merge_adapter(model, folder, dtype)
         for module in model.language_model.modules() if int8 else ():
             for name, layer in module.named_children():
                 if isinstance(layer, nn.Linear):

@@ -4,7 +4,6 @@ In the order the data meets it: a file becomes a 16 kHz waveform, the waveform 3
 and `AudioFlamingo3Processor` lays both out in the chat template, with one `<sound>` id for each audio frame to come.
 """
 import codecs
-import json
 import math
 import re
 import struct
@@ -13,7 +12,7 @@ import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,8 +49,8 @@ def load_audio(path: str | Path, sampling_rate: int = SAMPLE_RATE) -> np.ndarray
         error, reason = (ValueError, "a directory or device") if path.exists() else (FileNotFoundError, "no such file")
         raise error(f"{path}: {reason}; a sound file is expected.")
     with open(path, "rb") as file:
-        content = file.read(12)
-        found = read_wav(content + file.read(), path) if content[:4] == b"RIFF" and content[8:] == b"WAVE" else None
+        is_wav = re.fullmatch(b"RIFF.{4}WAVE", file.read(12), re.DOTALL)
+    found = read_wav(path.read_bytes(), path) if is_wav else None
     rate, samples = found or read_wav(decode_with_ffmpeg(path), path) or (0, [])
     if not len(samples):
         raise ValueError(f"{path}: no samples inside that can be read.")
@@ -151,7 +150,6 @@ def feature_batch(windows: list[Tensor]) -> tuple[Tensor, Tensor]:
 # ---- Words <-> ids ----
 class Tokenizer:
     """The byte-level BPE of a `tokenizer.json`: exact, through tiktoken, because merge i makes token 256 + i."""
-
     def __init__(self, folder: Path):
         content = read_json(folder / "tokenizer.json")
         with reading(folder / "tokenizer.json"):
@@ -162,28 +160,23 @@ class Tokenizer:
             alphabet = byte_alphabet()
             ranks = {bytes(alphabet[c] for c in token): rank for token, rank in vocabulary.items()}
             pattern = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
-            self.bpe = tiktoken.Encoding(str(folder), pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
             self.added = {token["content"]: token["id"] for token in content["added_tokens"]}
+            self.bpe = tiktoken.Encoding(str(folder), pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.added)
             self.special = {token["id"] for token in content["added_tokens"] if token["special"]}
-            self.bytes_of = {ranks[b]: b for b in ranks} | {id: token.encode() for token, id in self.added.items()}
             self.any_added = re.compile("(" + "|".join(map(re.escape, self.added)) + ")")
         self.pad_token_id, self.eos_token_id = named_ids(folder, self.added).values()
-
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, in NFC; a special token that it spells out is plain text too."""
         if re.search(r"\s{100000}", text):
             raise ValueError("100,000 spaces or line ends in a row are more than the tokenizer's regular expression bears.")
         return self.bpe.encode_ordinary(unicodedata.normalize("NFC", text))
-
     def encode_template(self, pieces: list[str | int]) -> list[int]:
         """Ids of plain text and ready ids in turn; neighbouring texts are encoded in one piece."""
         runs = groupby(pieces, key=lambda piece: isinstance(piece, str))
         return [id for is_text, run in runs for id in (self.encode("".join(run)) if is_text else run)]
-
     def token_bytes(self, ids, skip_special_tokens: bool = False) -> bytes:
         """UTF-8 of ids, possibly cut within a character; only the added tokens marked special are ever skipped."""
-        return b"".join(self.bytes_of[id] for id in map(int, ids) if not (skip_special_tokens and id in self.special))
-
+        return self.bpe.decode_bytes([id for id in map(int, ids) if not (skip_special_tokens and id in self.special)])
     def decode(self, ids, skip_special_tokens: bool = False) -> str:
         return self.token_bytes(ids, skip_special_tokens).decode("utf-8", errors="replace")
 
@@ -202,29 +195,9 @@ class Batch(dict):
         """The model's inputs on `device`; `dtype` casts only floats: ids and masks stay integers."""
         return Batch({name: x.to(device, dtype if x.is_floating_point() else None) for name, x in self.items()})
 
-def as_waveform(audio, name: str, max_seconds: int) -> Tensor:
-    """A float32 waveform (n,) of a file, a list of floats, or an array or tensor: integers are scaled by their range."""
-    if isinstance(audio, (str, Path)):
-        audio, name = load_audio(audio), str(audio)
-    if isinstance(audio, Tensor):
-        audio = (audio.float() if audio.is_floating_point() else audio).detach().cpu().numpy()
-    samples = np.asarray(audio, dtype=None if isinstance(audio, np.ndarray) else np.float32)
-    if samples.ndim != 1 or samples.dtype.kind not in "fiu":
-        raise ValueError(f"{name}: audio of shape {samples.shape}, {samples.dtype}; 1-D floats or integers are expected.")
-    if len(samples) < MIN_SAMPLES:
-        raise ValueError(f"{name}: audio of {len(samples)} samples; at least {MIN_SAMPLES} (20 ms at 16 kHz) are expected.")
-    samples = to_float(samples)
-    if not (np.abs(samples) < 2.0 ** 32).all():  # of larger ones the mel power is infinite
-        raise ValueError(f"{name}: audio holds NaN or infinite samples; finite ones, at most 1 in size, are expected.")
-    most = max(1, max_seconds // WINDOW_SECONDS) * N_SAMPLES
-    if len(samples) > most:
-        warnings.warn(f"{len(samples) / SAMPLE_RATE:.1f} s of audio: only the first {most / SAMPLE_RATE:.1f} s are heard")
-    return torch.from_numpy(samples[:most])
-
 class AudioFlamingo3Processor:
     def __init__(self, tokenizer: Tokenizer, max_audio_len: int = 600):
-        self.tokenizer = tokenizer
-        self.waveform = partial(as_waveform, max_seconds=max_audio_len)
+        self.tokenizer, self.most_samples = tokenizer, max(1, max_audio_len // WINDOW_SECONDS) * N_SAMPLES
         self.feature_extractor = SimpleNamespace(sampling_rate=SAMPLE_RATE, chunk_length=WINDOW_SECONDS)
         self.audio_token, self.default_transcription_prompt = "<sound>", "Transcribe the input speech."
         self.start, self.end = tokenizer.added["<|im_start|>"], tokenizer.added["<|im_end|>"]
@@ -246,11 +219,28 @@ class AudioFlamingo3Processor:
                     raise ValueError(f"{file}: {key} is {extractor[key]}; this model's is {value}.")
         return cls(Tokenizer(tokenizer_folder(folder)), most)
 
+    def waveform(self, audio, name: str) -> Tensor:
+        """A float32 waveform (n,) of a file, a list of floats, or an array or tensor: integers are scaled by their range."""
+        if isinstance(audio, (str, Path)):
+            audio, name = load_audio(audio), str(audio)
+        if isinstance(audio, Tensor):
+            audio = (audio.float() if audio.is_floating_point() else audio).detach().cpu().numpy()
+        samples = np.asarray(audio, dtype=None if isinstance(audio, np.ndarray) else np.float32)
+        if samples.ndim != 1 or samples.dtype.kind not in "fiu":
+            raise ValueError(f"{name}: audio of shape {samples.shape}, {samples.dtype}; 1-D floats or integers are expected.")
+        if len(samples) < MIN_SAMPLES:
+            raise ValueError(f"{name}: audio of {len(samples)} samples; at least {MIN_SAMPLES} (20 ms at 16 kHz) are expected.")
+        samples, most = to_float(samples), self.most_samples
+        if not (np.abs(samples) < 2.0 ** 32).all():  # of larger ones the mel power is infinite
+            raise ValueError(f"{name}: audio holds NaN or infinite samples; finite ones, at most 1 in size, are expected.")
+        if len(samples) > most:
+            warnings.warn(f"{len(samples) / SAMPLE_RATE:.1f} s of audio: only the first {most / SAMPLE_RATE:.1f} s are heard")
+        return torch.from_numpy(samples[:most])
+
     # Pieces are what a prompt is made of: plain text to encode, and ready ids. Text that spells a special token out stays
     # text, so these are the only way in; `_batch` repeats the `<sound>` id, and `splice` in af3.py gives each its frame.
     def _turn(self, role: str, said: list[str | int]) -> list[str | int]:
         return [self.start, f"{role}\n", *said, self.end, "\n"]
-
     def _prompt(self, prompt: str, windows: list[Tensor] | None) -> list[str | int]:
         if prompt.startswith("<|im_start|>"):
             return [self.tokenizer.added.get(piece, piece) for piece in self.tokenizer.any_added.split(prompt) if piece]
@@ -358,7 +348,6 @@ class AudioFlamingo3Processor:
 
     def batch_decode(self, ids, *options, **named_options) -> list[str]:
         return [self.decode(row, *options, **named_options) for row in ids]
-
     def decode(self, ids, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = False,
                strip_prefix: bool = False) -> str:
         """The text of ids (T,). Byte-level text holds no tokenization spaces to clean up."""

@@ -1,6 +1,7 @@
-"""Writes tests/micro/ (a seeded random checkpoint) and tests/goldens.npz and .json (what transformers makes of it).
+"""Writes tests/micro/ (a seeded random checkpoint), tests/think/ (a LoRA adapter to it) and tests/goldens.npz and .json
+(what transformers and peft make of them).
 
-    pip install transformers==5.23.0 librosa        # the oracle; neither the project nor its tests need it
+    pip install transformers==5.23.0 peft librosa   # the oracles; neither the project nor its tests need them
     python tests/make_goldens.py
 """
 import json
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from transformers import AudioFlamingo3Config, AudioFlamingo3ForConditionalGeneration, AutoProcessor, AutoTokenizer, Qwen2Config
 
@@ -75,6 +77,39 @@ def goldens(folder: Path) -> dict[str, np.ndarray]:
     return {name: value.numpy() for name, value in found.items()}
 
 
+def write_adapter(folder: Path) -> None:
+    """think/ as peft saves it, and beside it a projector's bias that was trained as a whole."""
+    torch.manual_seed(4)
+    model = AudioFlamingo3ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    trained = r".*language_model.*_proj|.*linear_2"
+    model = get_peft_model(model, LoraConfig(r=2, lora_alpha=6, target_modules=trained))
+    for name, tensor in model.named_parameters():
+        if "lora_B" in name:
+            tensor.data.normal_(0, 0.3)
+    model.save_pretrained(HERE / "think")
+    (HERE / "think" / "README.md").unlink()
+    config = json.loads((HERE / "think" / "adapter_config.json").read_text()) | {"base_model_name_or_path": None}
+    (HERE / "think" / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    bias = torch.linspace(-1, 1, model.config.text_config.hidden_size)
+    torch.save({"multi_modal_projector.linear_1.bias": bias}, HERE / "think" / "non_lora_trainables.bin")
+
+
+def think_goldens(folder: Path) -> dict[str, np.ndarray]:
+    """Logits after peft's own merge, with lora_alpha / r and, as use_rslora asks, with lora_alpha / sqrt(r)."""
+    processor, found = AutoProcessor.from_pretrained(folder), {}
+    batch = processor.apply_chat_template(conversation(sound(80000)), tokenize=True, add_generation_prompt=True, return_dict=True)
+    for name, rslora in (("think", False), ("think_rslora", True)):
+        model = AudioFlamingo3ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        others = torch.load(HERE / "think" / "non_lora_trainables.bin", weights_only=True)
+        model.load_state_dict({f"model.{key}": tensor for key, tensor in others.items()}, strict=False)
+        config = LoraConfig.from_pretrained(HERE / "think")
+        config.use_rslora = rslora
+        model = PeftModel.from_pretrained(model, HERE / "think", config=config).merge_and_unload().eval()
+        with torch.no_grad():
+            found[f"{name}.logits"] = model(**batch).logits[0, ::29].numpy()
+    return found
+
+
 def template_goldens(processor) -> list[dict]:
     """The oracle's text of conversations, and of the tokenizer's own files its ids of texts."""
     audio = {"type": "audio", "path": "a.wav"}
@@ -105,7 +140,8 @@ if __name__ == "__main__":
         for file in [*(HERE / "micro").iterdir(), *(TINY / name for name in (
                 "tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja"))]:
             shutil.copy(file, folder)
-        np.savez_compressed(HERE / "goldens.npz", **goldens(Path(folder)))
+        write_adapter(Path(folder))
+        np.savez_compressed(HERE / "goldens.npz", **goldens(Path(folder)), **think_goldens(Path(folder)))
         words = {"tiny": tokenizer_goldens(folder), "qwen": tokenizer_goldens(HERE.parent.parent / "shared" / "qwen"),
                  "templates": template_goldens(AutoProcessor.from_pretrained(folder))}
     (HERE / "goldens.json").write_text(json.dumps(words, indent=1) + "\n")

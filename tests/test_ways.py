@@ -1,0 +1,417 @@
+"""More than one sound and one answer: thinking, conversations, many sounds, a sound's journey."""
+import json
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TESTS, TINY
+from safetensors.torch import load_file, save_file
+from signals import conversation, sound
+from test_generate import clip, command, run  # noqa: F401  fixtures
+from test_load_weights import change, write_original
+from test_processor import as_file_type, wav_bytes
+
+import ways
+from af3 import AudioFlamingo3ForConditionalGeneration, KeyValueCache
+
+load = AudioFlamingo3ForConditionalGeneration.from_pretrained
+QUESTIONS = ["What is this?", "And how loud is it?", "Ünd now?"]
+
+
+def put(path, samples, seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(wav_bytes(as_file_type(sound(samples, seed)[:, None], 1, 16)))
+    return str(path)
+
+
+# ---- Thinking ----
+
+@pytest.fixture
+def thinking(spoilt):
+    """A checkpoint with an adapter beside it, as peft saved it."""
+    shutil.copytree(TESTS / "think", spoilt / "think")
+    return spoilt
+
+
+def rename(adapter, spell):
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file({spell(name): tensor for name, tensor in tensors.items()}, adapter / "adapter_model.safetensors")
+    others = torch.load(adapter / "non_lora_trainables.bin", weights_only=True)
+    torch.save({spell(f"base_model.model.model.{name}"): tensor for name, tensor in others.items()}, adapter / "non_lora_trainables.bin")
+
+
+def hub(name):
+    name = name.replace("base_model.model.model.language_model.", "base_model.model.language_model.model.")
+    return name.replace("base_model.model.model.", "base_model.model.")
+
+
+def original(name):
+    name = hub(name).replace("language_model.", "llm.").replace("multi_modal_projector", "sound_mm_projector")
+    return name.replace("linear_1", "layers.0").replace("linear_2", "layers.2")
+
+
+SPELLINGS = {"transformers_5": lambda name: name, "hub": hub, "hub_without_prefix": lambda name: hub(name).removeprefix("base_model.model."),
+             "original": original, "original_without_prefix": lambda name: original(name).removeprefix("base_model.model.")}
+
+
+@pytest.mark.parametrize("rslora, golden", [(False, "think.logits"), (True, "think_rslora.logits")])
+def test_a_merged_adapter_gives_the_logits_of_pefts_own_merge(thinking, processor, goldens, rslora, golden):
+    change(thinking / "think" / "adapter_config.json", use_rslora=rslora)
+    batch = processor.apply_chat_template(conversation(sound(80000)), add_generation_prompt=True)
+    logits = load(thinking, "cpu", think=True)(**batch).logits[0, ::29]
+    torch.testing.assert_close(logits, goldens[golden], atol=1e-3, rtol=0)
+    assert (logits - load(thinking, "cpu")(**batch).logits[0, ::29]).abs().max() > 0.5
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_an_adapters_names_are_read_in_every_spelling(thinking, spelling):
+    plain = load(thinking, "cpu", think=True).state_dict()
+    rename(thinking / "think", SPELLINGS[spelling])
+    other = load(thinking, "cpu", think=True).state_dict()
+    assert all(torch.equal(plain[name], other[name]) for name in plain)
+
+
+def test_the_original_layouts_adapter_lies_in_stage35(thinking, micro, tmp_path):
+    write_original(micro, tmp_path / "af3")
+    shutil.copytree(thinking / "think", tmp_path / "af3" / "stage35")
+    rename(tmp_path / "af3" / "stage35", original)
+    a, b = load(thinking, "cpu", think=True).state_dict(), load(tmp_path / "af3", "cpu", think=True).state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_what_was_trained_beside_the_lora_takes_its_place(thinking):
+    bias = load(thinking, "cpu", think=True).multi_modal_projector.linear_1.bias
+    assert torch.equal(bias, torch.linspace(-1, 1, len(bias)))
+
+
+def test_the_merge_is_in_float32_and_rounded_once(thinking):
+    whole, rounded = load(thinking, "cpu", think=True), load(thinking, "cpu", "bfloat16", think=True)
+    name = "language_model.model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(whole.state_dict()[name].bfloat16(), rounded.state_dict()[name])
+    assert {p.dtype for p in rounded.parameters()} == {torch.bfloat16} and not any(p.requires_grad for p in rounded.parameters())
+
+
+def test_int8_quantises_what_was_merged(thinking, processor):
+    batch = processor.apply_chat_template(conversation(sound(20000)), add_generation_prompt=True)
+    exact, near = (load(thinking, "cpu", int8=int8, think=True)(**batch).logits for int8 in (False, True))
+    assert (near - exact).norm() / exact.norm() < 0.05
+
+
+@pytest.mark.parametrize("file, name", [
+    ("adapter_model.safetensors", "base_model.model.bogus.lora_A.weight"),
+    ("adapter_model.safetensors", "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_magnitude_vector"),
+    ("adapter_model.safetensors", "base_model.model.model.language_model.layers.9.self_attn.q_proj.lora_B.weight"),
+    ("adapter_model.safetensors", "base_model.model.model.audio_tower.conv1.lora_A.weight"),
+    ("non_lora_trainables.bin", "model.audio_tower.layers.7.fc1.bias")])
+def test_a_tensor_of_an_adapter_that_finds_no_place_is_named(thinking, file, name):
+    path = thinking / "think" / file
+    read, write = (load_file, save_file) if file.endswith("safetensors") else (torch.load, torch.save)
+    write(read(path) | {name: torch.zeros(2, 48)}, path)
+    with pytest.raises(ValueError, match=name):
+        load(thinking, "cpu", think=True)
+
+
+def test_an_adapter_of_another_shape_is_refused_by_name(thinking):
+    path = thinking / "think" / "non_lora_trainables.bin"
+    torch.save({"multi_modal_projector.linear_1.bias": torch.zeros(7)}, path)
+    with pytest.raises(ValueError, match=r"multi_modal_projector.linear_1.bias.*\[7\].*\[48\]"):
+        load(thinking, "cpu", think=True)
+
+
+@pytest.mark.parametrize("fields, named", [({"lora_alpha": None}, "adapter_config.json"), ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern")])
+def test_an_adapters_config_that_cannot_be_followed_is_refused(thinking, fields, named):
+    change(thinking / "think" / "adapter_config.json", **fields)
+    with pytest.raises(ValueError, match=named):
+        load(thinking, "cpu", think=True)
+
+
+class Trap:
+    def __reduce__(self):
+        return os.mkdir, ("trapped",)
+
+
+def test_a_pickle_that_runs_code_is_refused_unrun(thinking, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"multi_modal_projector.linear_1.bias": Trap()}, thinking / "think" / "non_lora_trainables.bin")
+    with pytest.raises(ValueError, match="non_lora_trainables.bin"):
+        load(thinking, "cpu", think=True)
+    assert not (tmp_path / "trapped").exists()
+
+
+def test_without_an_adapter_think_is_refused_by_name(micro, run, clip):
+    status, out, err = run(clip, "Hi", "--think")
+    assert (status, out) == (2, "") and "think/adapter_config.json" in err and err.count("\n") == 1
+
+
+# ---- A conversation ----
+
+def whole_conversation(processor, sounds, answers):
+    """The inputs of a conversation's last turn in one piece: each turn's question has one sound, each answer its ids."""
+    chat = []
+    for question, waveform, said in zip(QUESTIONS, sounds, [*answers, None]):
+        content = [{"type": "text", "text": question}] + ([{"type": "audio", "audio": waveform}] if waveform is not None else [])
+        chat += [{"role": "user", "content": content}] + ([{"role": "assistant", "content": said}] if said is not None else [])
+    return processor.apply_chat_template(chat, add_generation_prompt=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.3}])
+def test_a_follow_up_gives_the_logits_of_the_whole_conversation_in_one_piece(model, processor, options, monkeypatch):
+    """The model says what it is made to say, so that its ids are those of the words in the template."""
+    answers, sounds, talk = ["rain", "two dogs"], [sound(80000), None, sound(500000)], ways.Conversation(processor, model)
+    for question, waveform, answer in zip(QUESTIONS, sounds, answers):
+        said = iter([*processor.tokenizer.encode(answer), processor.end])
+        monkeypatch.setattr("af3.next_token", lambda *_: torch.tensor([next(said)]))
+        list(talk.answer(talk.question(question, [] if waveform is None else [waveform]), eos_token_id=processor.end))
+    monkeypatch.undo()
+    new = talk.question(QUESTIONS[2], [sounds[2]])
+    alone = model.generate(**whole_conversation(processor, sounds, answers), max_new_tokens=16, **options)[0, -16:]
+    assert torch.equal(torch.cat(list(talk.answer(new, max_new_tokens=16, **options))), alone)
+
+
+def test_no_sound_is_heard_twice(model, processor, monkeypatch):
+    talk, heard, encode = ways.Conversation(processor, model), [], model.audio_tower.forward
+    monkeypatch.setattr(model.audio_tower, "forward", lambda *features: heard.append(len(features[0])) or encode(*features))
+    for question, sounds in (("One?", [sound(20000)]), ("Two?", []), ("Three?", [sound(16000)])):
+        list(talk.answer(talk.question(question, sounds), max_new_tokens=3))
+    assert heard == [1, 1]
+
+
+def test_a_turn_feeds_what_is_new_and_nothing_else(model, processor):
+    talk = ways.Conversation(processor, model)
+    said = torch.cat(list(talk.answer(talk.question("One?", [sound(20000)]), max_new_tokens=5)))
+    ids = talk.question("Two?")["input_ids"][0].tolist()
+    text = "".join(processor.tokenizer.decode([id]) for id in ids[1:])
+    assert ids[0] == said[-1] and text == "<|im_end|>\n<|im_start|>user\nTwo?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_after_a_past_a_long_turn_is_heard_in_parts_and_gives_the_same(model, processor):
+    talk, whole = ways.Conversation(processor, model), [sound(20000), sound(960000)]
+    list(talk.answer(talk.question("One?", whole[:1]), max_new_tokens=1, eos_token_id=[]))
+    largest = []
+    new = talk.question("Two?", whole[1:])
+    forward = type(model.language_model.model).forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(model.language_model.model), "forward", lambda self, x, *rest: largest.append(x.shape[1]) or forward(self, x, *rest))
+        list(talk.answer(new, max_new_tokens=1))
+    assert new["input_ids"].shape[1] > 1500 and max(largest) == 1024
+
+
+def test_more_turns_than_positions_are_refused_and_the_conversation_stays(model, processor):
+    talk = ways.Conversation(processor, model)
+    list(talk.answer(talk.question("One?", [sound(20000)]), max_new_tokens=3))
+    used = talk.cache.used
+    with pytest.raises(ValueError, match="max_new_tokens=4090"):
+        list(talk.answer(talk.question("Two?"), max_new_tokens=4090))
+    assert talk.cache.used == used and len(list(talk.answer(talk.question("Two?"), max_new_tokens=3, eos_token_id=[]))) == 3
+
+
+def test_an_answer_that_is_stopped_stays_in_the_conversation(model, processor):
+    talk = ways.Conversation(processor, model)
+    answer = talk.answer(talk.question("One?", [sound(20000)]), max_new_tokens=50, eos_token_id=[])
+    first = next(answer)
+    talk.stopped = True
+    assert list(answer) == [] and talk.unfed[0] == first or talk.unfed[0] == processor.end
+
+
+def chat(*arguments, lines, **options):
+    return command("--chat", *arguments, input="\n".join(lines) + "\n", **options)
+
+
+def test_a_chat_in_the_terminal_answers_each_line(tmp_path):
+    rain, digits = TINY / "samples" / "rain.wav", TINY / "samples" / "digits.wav"
+    result = chat(digits, lines=["Transcribe the input speech.", f"/audio {rain}", "What sound is this?", "/reset", f"/audio {digits}", "Transcribe the input speech.", "/quit", "never"])
+    assert (result.returncode, result.stdout.splitlines()) == (0, ["seven three one", "rain", "seven three one"])
+    assert result.stderr.count("the first after") == 3
+
+
+def test_a_chat_goes_on_after_what_it_cannot_do():
+    result = chat("--quiet", lines=["/audio gone.wav", "/audio", "/sing", "", f"/audio {TINY / 'samples' / 'rain.wav'}", "What sound is this?"])
+    errors = result.stderr.splitlines()
+    assert (result.returncode, result.stdout) == (0, "rain\n") and len(errors) == 3 and all(e.startswith("error: ") for e in errors)
+    assert "gone.wav" in errors[0] and "/sing" in errors[2]
+
+
+def test_a_chat_may_start_with_a_question():
+    result = command("--chat", TINY / "samples" / "rain.wav", "What sound is this?", input="/quit\n")
+    assert (result.returncode, result.stdout) == (0, "rain\n")
+
+
+def test_ctrl_c_ends_an_answer_and_then_the_chat(clip, micro):
+    process = subprocess.Popen([sys.executable, "-u", ROOT / "generate.py", "--chat", clip, "--quiet", "--model", micro, "--max-new-tokens", "3000"],
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdin.write(b"Hi\n")
+    process.stdin.flush()
+    process.stdout.read(8)
+    process.send_signal(signal.SIGINT)
+    process.stdin.write(b"/audio gone.wav\n")
+    process.stdin.flush()
+    assert b"gone.wav" in process.stderr.readline() and process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) == 130 and process.stdout.read().endswith(b"\n")
+
+
+# ---- Many sounds ----
+
+@pytest.fixture
+def folder(tmp_path):
+    """Clips of 0.5 to 3 s in a folder of folders, with a file that is no sound and one that only pretends."""
+    for i, seconds in enumerate((3, 0.5, 2, 1.5, 0.75)):
+        put(tmp_path / "clips" / f"part {i % 2}" / f"{i}.wav", int(seconds * 16000), seed=i)
+    (tmp_path / "clips" / "notes.txt").write_text("no sound")
+    (tmp_path / "clips" / "broken.WAV").write_text("no sound either")
+    return tmp_path / "clips"
+
+
+def objects(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_folder_is_answered_in_order_each_as_if_alone(run, folder):
+    status, out, err = run(folder, "Hi", "--max-new-tokens", 4, "--batch-size", 2)
+    answers = objects(out)
+    files = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() == ".wav")
+    assert status == 0 and [answer["audio"] for answer in answers] == files and err.startswith("answered 5 of 6 in ")
+    for answer in answers:
+        if not answer["audio"].endswith("broken.WAV"):
+            assert answer["answer"] + "\n" == run(answer["audio"], "Hi", "--max-new-tokens", 4, "--quiet")[1]
+    assert [answer for answer in answers if "error" in answer] == [{"audio": files[0], "prompt": "Hi", "error": answers[0]["error"]}]
+
+
+def test_the_last_word_is_the_prompt_unless_it_is_a_file(run, clip, folder):
+    for words, prompt in ([[clip, clip], "Transcribe the input speech."], [[clip, folder / "part 0", "Who?"], "Who?"], [[clip, "gone.wav", "Who?"], "Who?"]):
+        assert {job["prompt"] for job in objects(run(*words, "--max-new-tokens", 1)[1])} == {prompt}
+
+
+def test_prompts_from_a_file_keep_their_other_fields(run, clip, tmp_path):
+    lines = [{"audio": clip, "prompt": "Hi", "id": 7, "of": {"a": [1]}}, {"audio": clip}, {"id": "ü", "audio": "gone.wav"}, {"audio": clip, "prompt": "<sound><sound>"}]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    status, out, _ = run("--prompts", tmp_path / "in.jsonl", "Else", "--max-new-tokens", 2)
+    answers = objects(out)
+    assert status == 0 and [{**line, "prompt": line.get("prompt", "Else")} for line in lines] == [{k: v for k, v in a.items() if k not in ("answer", "error")} for a in answers]
+    assert ["answer" in a for a in answers] == [True, True, False, False] and "gone.wav" in answers[2]["error"] and "2 '<sound>'" in answers[3]["error"]
+
+
+@pytest.mark.parametrize("line", ["no JSON", "[]", '{"prompt": "Hi"}', '{"audio": 7}', '{"audio": "a.wav", "prompt": 7}', '{"audio": "a.wav", "answer": "mine"}'])
+def test_a_line_of_prompts_that_is_none_is_refused_before_any_work(run, tmp_path, line):
+    (tmp_path / "in.jsonl").write_text('{"audio": "a.wav"}\n' + line)
+    status, out, err = run("--prompts", tmp_path / "in.jsonl")
+    assert (status, out) == (2, "") and "in.jsonl: entry 2" in err and err.count("\n") == 1
+
+
+def test_what_has_an_answer_is_left_out_and_what_has_an_error_tried_again(run, folder, tmp_path):
+    whole = objects(run(folder, "Hi", "--max-new-tokens", 2)[1])
+    earlier = tmp_path / "out.jsonl"
+    earlier.write_text("\n".join(map(json.dumps, [whole[0], whole[2], whole[4]])) + "\n" + json.dumps(whole[5])[:-9])
+    again = objects(run(folder, "Hi", "--max-new-tokens", 2, "--resume", earlier)[1].lstrip("\n"))
+    assert [a["audio"] for a in again] == [whole[i]["audio"] for i in (0, 1, 3, 5)]
+    assert objects(run(folder, "Other", "--max-new-tokens", 2, "--resume", earlier)[1].lstrip("\n"))[0]["prompt"] == "Other"
+
+
+def test_a_first_run_may_name_the_file_it_will_be_resumed_from(run, clip, tmp_path):
+    (tmp_path / "empty.jsonl").touch()  # as the shell makes it, for >> empty.jsonl
+    assert run(clip, "Hi", "--max-new-tokens", 1, "--resume", tmp_path / "empty.jsonl")[1].startswith("{")
+    status, out, _ = run(clip, "Hi", "--max-new-tokens", 1, "--resume", tmp_path / "new.jsonl")
+    assert status == 0 and len(objects(out)) == 1
+
+
+def test_an_output_cut_off_in_a_line_can_be_appended_to(run, clip, tmp_path):
+    (tmp_path / "out.jsonl").write_text('{"audio": "x", "prom')
+    out = run(clip, "Hi", "--max-new-tokens", 1, "--resume", tmp_path / "out.jsonl")[1]
+    assert out.startswith("\n") and len(objects(out.lstrip("\n"))) == 1
+
+
+def test_batches_are_of_like_length(processor, model, folder, monkeypatch, run):
+    lengths, call = [], type(processor).__call__
+    monkeypatch.setattr(type(processor), "__call__", lambda self, texts, audio, **o: lengths.append([len(a) for a in audio]) or call(self, texts, audio, **o))
+    run(folder, "Hi", "--max-new-tokens", 1, "--batch-size", 2)
+    assert lengths == [[8000, 12000], [24000, 32000], [48000]]
+
+
+def test_a_batch_that_does_not_fit_is_tried_one_by_one(run, folder, monkeypatch):
+    generate = AudioFlamingo3ForConditionalGeneration.generate
+    def full(self, input_ids, *rest, **options):
+        if len(input_ids) > 1:
+            raise RuntimeError("out of memory")
+        return generate(self, input_ids, *rest, **options)
+    monkeypatch.setattr(AudioFlamingo3ForConditionalGeneration, "generate", full)
+    answers = objects(run(folder, "Hi", "--max-new-tokens", 2)[1])
+    assert sum("answer" in answer for answer in answers) == 5
+
+
+@pytest.mark.parametrize("arguments, reason", [
+    (["EMPTY"], "no sound files inside"), (["CLIP", "CLIP", "--batch-size", 0], "--batch-size is 0"), (["CLIP", "CLIP", "<|im_start|>x"], "The prompt starts with"),
+    (["--prompts", "gone.jsonl"], "gone.jsonl"), (["--explain", "EMPTY"], "--explain takes one sound file"), (["--explain"], "required: audio"), (["CLIP", "CLIP", "--chatty"], "--chatty")])
+def test_what_cannot_be_asked_gets_one_line_and_exit_status_2(run, clip, tmp_path, arguments, reason):
+    (tmp_path / "empty").mkdir()
+    status, out, err = run(*[{"CLIP": clip, "EMPTY": tmp_path / "empty"}.get(argument, argument) for argument in arguments])
+    assert (status, out) == (2, "") and err.startswith("error: ") and reason in err and err.count("\n") == 1
+
+
+def test_progress_is_shown_in_a_terminal_and_nowhere_else(folder, micro):
+    main, other = pty.openpty()
+    process = subprocess.Popen([sys.executable, ROOT / "generate.py", folder, "Hi", "--max-new-tokens", "1", "--batch-size", "2", "--model", micro],
+                               stdout=subprocess.PIPE, stderr=other)
+    out, shown = process.communicate(timeout=60)[0], os.read(main, 10000).decode()
+    assert "3 of 6, " in shown and "a second, " in shown and "s left" in shown and len(objects(out.decode())) == 6
+    assert " of 6, " not in command(folder, "Hi", "--max-new-tokens", "1", "--model", micro).stderr
+
+
+# ---- The journey of a sound ----
+
+def rows(out):
+    """name -> (shape, milliseconds) of the table."""
+    found = [line for line in out.splitlines() if line[39:49].strip().replace(".", "").isdigit()]
+    return {line[:19].strip(): (line[19:39].strip(), float(line[39:49])) for line in found}
+
+
+def test_the_journey_shows_the_shapes_of_the_design(run, tmp_path):
+    status, out, _ = run(put(tmp_path / "a.wav", 80000), "Hi", "--explain", "--max-new-tokens", 3)
+    shapes = {name: shape for name, (shape, _) in rows(out).items()}
+    assert status == 0 and list(shapes) == ["waveform", "prompt", "log-mel", "conv1", "conv2", "2 encoder layers", "pool, LayerNorm",
+                                            "projector", "embedding", "splice", "2 decoder layers", "lm_head", "next token"]
+    assert (shapes["waveform"], shapes["log-mel"], shapes["pool, LayerNorm"], shapes["projector"]) == ("(80000,)", "(1, 128, 3000)", "(1, 125, 32)", "(125, 48)")
+    assert shapes["splice"] == shapes["embedding"] == f"{shapes['prompt'][:-1]}, 48)" and shapes["lm_head"] == "(1, 647)"
+
+
+def test_the_journeys_times_are_positive_and_add_up_to_less_than_the_run(run, tmp_path):
+    times = [ms for _, ms in rows(run(put(tmp_path / "a.wav", 480000), "Hi", "--explain", "--max-new-tokens", 1)[1]).values()]
+    assert len(times) == 13 and min(times) > 0 and sum(times) < 60000
+
+
+def test_the_journey_ends_in_the_same_answer(run, clip):
+    plain = run(clip, "Hi", "--max-new-tokens", 6, "--quiet")[1]
+    assert run(clip, "Hi", "--explain", "--max-new-tokens", 6)[1].endswith("\n\n" + plain)
+
+
+def test_the_picture_has_a_border_after_each_window_and_its_audio_frames_below(run, tmp_path):
+    out = run(put(tmp_path / "a.wav", 720000), "Hi", "--explain", "--max-new-tokens", 1)[1]
+    drawn = [line for line in out.splitlines() if line.startswith("|")]
+    assert len(drawn) == 17 and {line.count("|") for line in drawn} == {3} and len({len(line) for line in drawn}) == 1
+    assert "750 audio frames" in drawn[-1] and "375 audio frames" in drawn[-1] and len(drawn[0]) <= 80
+
+
+def test_low_notes_are_drawn_below_and_later_ones_to_the_right():
+    mel = torch.zeros(1, 128, 3000)
+    mel[0, :8, 100:200] = 1  # low and late
+    lines = ways.picture(mel, [200], 42, coloured=False).splitlines()
+    assert lines[15][-2] == "#" and lines[15][1] == " " and lines[0].strip("| ") == ""
+
+
+def test_a_terminal_of_256_colours_gets_colours():
+    drawn = ways.picture(torch.rand(1, 128, 3000), [3000], 40, coloured=True)
+    assert "\x1b[38;5;" in drawn and drawn.count("\n") == 16 and drawn.splitlines()[0].endswith("\x1b[0m|")
+
+
+def test_without_explain_nothing_is_watched(run, clip, model):
+    run(clip, "Hi", "--max-new-tokens", 1)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_help_names_every_way():
+    result = command("--help")
+    assert result.returncode == 0 and all(f"--{flag}" in result.stdout for flag in ("chat", "explain", "prompts", "batch-size", "resume", "think", "int8"))
