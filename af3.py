@@ -214,6 +214,7 @@ class GenerationConfig:
     repetition_penalty: float = 1.0
     eos_token_id: int | list[int] = field(default_factory=list)  # [] never stops early
     pad_token_id: int = 0                                         # what a finished row goes on with
+
     def __post_init__(self):
         for name, kind, least, most in (("max_new_tokens", int, 1, 1e9), ("top_k", int, 0, 1e9), ("top_p", float, 1e-6, 1),
                 ("temperature", float, 1e-6, 1e6), ("repetition_penalty", float, 1e-6, 1e6),
@@ -247,9 +248,10 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
             "model": Qwen2Model(text), "lm_head": nn.Linear(text.hidden_size, text.vocab_size, bias=False)})
 
     @classmethod
-    def from_pretrained(cls, path, *arguments, **options) -> "AudioFlamingo3ForConditionalGeneration":
+    def from_pretrained(cls, path, device_map="auto", dtype="auto", int8=False, think=False):
         from load_weights import load_model  # its docstring says what the arguments mean
-        return load_model(path, *arguments, **options)
+        return load_model(path, device_map, dtype, int8, think)
+
     device = property(lambda self: self.language_model.model.embed_tokens.weight.device)
     dtype = property(lambda self: self.language_model.model.embed_tokens.weight.dtype)
 
@@ -286,7 +288,7 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
         heard = input_features is not None
         frames = self.get_audio_features(input_features, feature_attention_mask) if heard else input_ids.new_empty(0)
         x = self.splice(input_ids.gather(1, source), frames)
-        part = 1024 if cache is not None and cache.used else x.shape[1]  # after a past the mask is a part's tokens x slots
+        part = 1024 if cache is not None and cache.used else x.shape[1]  # a past asks for a mask, tokens x slots
         states = [self.language_model.model(*parts, cache) for parts in zip(x.split(part, 1), real.split(part, 1))]
         return torch.cat(states, 1), real, source
 
@@ -316,7 +318,8 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
         """The new ids (B,) of each step; options are `GenerationConfig`'s fields, `cache` may hold a conversation's past."""
         options = replace(self.generation_config, **{name: given for name, given in options.items() if given is not None})
         rows, tokens = input_ids.shape[0], input_ids.shape[1] + (cache.used if cache else 0)
-        slots, limit = tokens + options.max_new_tokens, self.config.text_config.max_position_embeddings
+        slots = tokens + options.max_new_tokens
+        limit = cache.visible.shape[1] if cache else self.config.text_config.max_position_embeddings
         if slots > limit:
             raise ValueError(f"The prompt's {tokens} tokens and max_new_tokens={options.max_new_tokens} are more than the "
                              f"model's {limit} positions; shorten the audio or lower max_new_tokens.")

@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 
 from af3 import AudioFlamingo3ForConditionalGeneration
-from load_weights import Int8Linear
 from processor import SAMPLE_RATE, AudioFlamingo3Processor
 from tests.signals import conversation, sound
+from ways import Int8Linear
 
 PROMPT = "Describe the audio in detail."
 

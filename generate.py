@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 if __name__ == "__main__":  # before the long imports, in which a KeyboardInterrupt is a traceback or lost
     signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(1, b"\n") and 130))
@@ -23,18 +24,21 @@ from af3 import AudioFlamingo3ForConditionalGeneration, GenerationConfig
 from load_weights import load_model
 from processor import AudioFlamingo3Processor
 
-VISIBLE = {c: f"\\x{c:02x}" for c in (*range(9), *range(11, 32), *range(127, 160))}  # what steers a terminal is shown, not sent
+# what steers a terminal is shown, not sent
+VISIBLE = {c: f"\\x{c:02x}" for c in (*range(9), *range(11, 32), *range(127, 160))}
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, add_help=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     add_help=False, allow_abbrev=False)
     add = parser.add_argument
     add("audio", nargs="?", help="a sound file: WAV, or with ffmpeg mp3, flac, ogg, m4a, opus, video")
     add("prompt", nargs="?", help="a question or instruction; without one the speech is transcribed")
-    add("--model", default=os.path.join(os.path.dirname(os.path.realpath(__file__)), "tiny"), help="a directory or cached hub name (default: tiny/)")
+    add("--model", default=Path(__file__).resolve().parent / "tiny", help="a directory or cached hub name (default: tiny/)")
     add("--max-new-tokens", type=int, metavar="N", help="stop after N tokens (default: the checkpoint's, else 512)")
     add("--device", default="auto", help="cpu, cuda or mps (default: the best there is)")
     add("--dtype", default="auto", help="float32, bfloat16 or float16 (default: the checkpoint's own)")
-    add("--think", action="store_true", help="with the AF-Think adapter that lies in the model's directory")
+    add("--think", action="store_true", help="with the AF-Think adapter that lies in the model's directory; the prompt should "
+        "end in: Please think and reason about the input audio before you respond.")
     add("--int8", action="store_true", help="the decoder in int8: half the memory, and on a CPU twice as fast if large")
     add("--sample", dest="do_sample", action="store_true", default=None, help="draw tokens at random, not the likeliest")
     add("--temperature", type=float, metavar="T", help="with --sample: above 1 bolder, below 1 safer")
@@ -55,10 +59,11 @@ def model_and_options(args: argparse.Namespace) -> tuple[AudioFlamingo3ForCondit
     if args.seed is not None:
         torch.manual_seed(args.seed % 2**64)
     options = {name: getattr(args, name) for name in GenerationConfig.__dataclass_fields__ if name in args}
+    GenerationConfig(**options)  # what is out of range is refused before the model is loaded
     return load_model(args.model, args.device, args.dtype, args.int8, args.think), options
 
 def say(processor: AudioFlamingo3Processor, steps: Iterator[torch.Tensor], heard: str | None) -> None:
-    """Prints an answer as its steps come, and on stderr, unless `heard` is None, that and what was done."""
+    """Prints an answer as its steps come; then on stderr `heard` and how fast it was said, or, with None, nothing."""
     start, times = time.perf_counter(), []
     # each step is timed on its way to the text, which may come later: a character waits for its last byte
     for text in processor.stream_text(times.append(time.perf_counter() - start) or ids for ids in steps):

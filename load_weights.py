@@ -11,9 +11,8 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from af3 import (AudioFlamingo3Config, AudioFlamingo3EncoderConfig, AudioFlamingo3ForConditionalGeneration,
                  GenerationConfig, Qwen2Config)
@@ -24,7 +23,8 @@ FIXED = {"activation_function": "gelu", "hidden_act": "silu", "projector_hidden_
          "rope_scaling": None, "num_mel_bins": 128, "max_source_positions": 1500}
 OLDER_KEYS = {"d_model": "hidden_size", "encoder_layers": "num_hidden_layers", "encoder_ffn_dim": "intermediate_size",
               "encoder_attention_heads": "num_attention_heads"}
-# how a tensor's name begins in files of peft, of transformers 5 and of the original layout -> how it does in the model
+# how a tensor's name begins in files of peft, of transformers 5 and of the original layout -> how it then begins; in turn,
+# until it is the model's
 SPELLINGS = {"base_model.model.": "", "model.language_model.": "language_model.model.", "model.": "",
              "lm_head.": "language_model.lm_head.", "llm.": "language_model.", "sound_tower.": "audio_tower.",
              "audio_tower.audio_tower.": "audio_tower.", "sound_mm_projector.": "multi_modal_projector.",
@@ -86,8 +86,9 @@ def known_fields(cls: type, section: dict) -> dict:
 
 def read_section(cls: type, name: str, path: Path):
     """An instance of a configuration dataclass from config.json or its section `name`, in either spelling of the keys."""
+    whole = read_json(path)
     with reading(path):
-        section = (whole := read_json(path)) | (whole.get(name) or {})
+        section = whole | (whole.get(name) or {})
         section |= section.get("rope_parameters") or {}
     for key, value in FIXED.items():
         if section.get(key, value) != value:
@@ -110,7 +111,8 @@ def read_config(folder: Path, ids: dict[str, int]) -> AudioFlamingo3Config:
         raise ValueError(f"{path}: model_type is {config.get('model_type')!r}; an audioflamingo3 checkpoint is expected.")
     audio_part, text_part = ("sound_tower", "llm") if (folder / "llm").is_dir() else ("", "")
     audio = read_section(AudioFlamingo3EncoderConfig, "audio_config", folder / audio_part / "config.json")
-    text = read_section(Qwen2Config, "text_config", path := folder / text_part / "config.json")
+    path = folder / text_part / "config.json"
+    text = read_section(Qwen2Config, "text_config", path)
     sound = config.get("audio_token_id", ids.get("<sound>"))
     if (text.vocab_size, sound) != (len(ids), ids.get("<sound>")) or {*ids.values()} != {*range(len(ids))}:
         raise ValueError(f"{path}: vocab_size is {text.vocab_size} and <sound> is {sound}; "
@@ -144,25 +146,6 @@ def model_name(name: str) -> str:
         name = ours + name.removeprefix(spelling) if name.startswith(spelling) else name
     return name
 
-# ---- Half the memory ----
-class Int8Linear(nn.Module):
-    """A linear layer whose weight (out, in) is int8, with one scale an output row: half of bfloat16's bytes."""
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.register_buffer("weight", torch.empty_like(linear.weight, dtype=torch.int8))
-        self.register_buffer("scale", torch.empty_like(linear.weight[:, 0]))
-        self.bias, self.chunk = linear.bias, 1 + (1 << 21) // linear.in_features  # rows: a few MB stay in the CPU's cache
-        for rows, weight, scale in zip(*(x.split(self.chunk) for x in (linear.weight, self.weight, self.scale))):
-            rows = rows.float()
-            scale.copy_(rows.abs().amax(1) / 127).clamp_(min=torch.finfo(scale.dtype).tiny)
-            weight.copy_((rows / scale[:, None]).round_())
-    def forward(self, x: Tensor) -> Tensor:
-        if x.is_cpu and x[..., 0].numel() <= 8 and x.shape[-1] % 16 == 0:  # few tokens; at other widths the operator errs
-            y = torch.ops.aten._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale).unflatten(0, x.shape[:-1])
-        else:
-            y = torch.cat([F.linear(x, rows.to(x.dtype)) for rows in self.weight.split(self.chunk)], -1) * self.scale
-        return y if self.bias is None else y + self.bias
-
 def load_model(path: str | Path, device_map: str | torch.device = "auto", dtype: torch.dtype | str = "auto",
                int8: bool = False, think: bool = False) -> AudioFlamingo3ForConditionalGeneration:
     """The model of a checkpoint directory in either layout, or of a hub name; for inference.
@@ -186,10 +169,9 @@ def load_model(path: str | Path, device_map: str | torch.device = "auto", dtype:
         if think:
             from ways import merge_adapter
             merge_adapter(model, folder, dtype)
-        for module in model.language_model.modules() if int8 else ():
-            for name, layer in module.named_children():
-                if isinstance(layer, nn.Linear):
-                    setattr(module, name, Int8Linear(layer))  # and the layer leaves memory
+        if int8:
+            from ways import quantise
+            quantise(model.language_model)
         return model.to(device_map, dtype)
     except (RuntimeError, AssertionError, ImportError) as error:  # tensors that do not fit; no such device
         raise ValueError(f"{folder} on {device_map}: {' '.join(str(error).split())}") from None

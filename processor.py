@@ -165,18 +165,22 @@ class Tokenizer:
             self.special = {token["id"] for token in content["added_tokens"] if token["special"]}
             self.any_added = re.compile("(" + "|".join(map(re.escape, self.added)) + ")")
         self.pad_token_id, self.eos_token_id = named_ids(folder, self.added).values()
+
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, in NFC; a special token that it spells out is plain text too."""
         if re.search(r"\s{100000}", text):
             raise ValueError("100,000 spaces or line ends in a row are more than the tokenizer's regular expression bears.")
         return self.bpe.encode_ordinary(unicodedata.normalize("NFC", text))
+
     def encode_template(self, pieces: list[str | int]) -> list[int]:
         """Ids of plain text and ready ids in turn; neighbouring texts are encoded in one piece."""
         runs = groupby(pieces, key=lambda piece: isinstance(piece, str))
         return [id for is_text, run in runs for id in (self.encode("".join(run)) if is_text else run)]
+
     def token_bytes(self, ids, skip_special_tokens: bool = False) -> bytes:
         """UTF-8 of ids, possibly cut within a character; only the added tokens marked special are ever skipped."""
         return self.bpe.decode_bytes([id for id in map(int, ids) if not (skip_special_tokens and id in self.special)])
+
     def decode(self, ids, skip_special_tokens: bool = False) -> str:
         return self.token_bytes(ids, skip_special_tokens).decode("utf-8", errors="replace")
 
@@ -219,7 +223,7 @@ class AudioFlamingo3Processor:
                     raise ValueError(f"{file}: {key} is {extractor[key]}; this model's is {value}.")
         return cls(Tokenizer(tokenizer_folder(folder)), most)
 
-    def waveform(self, audio, name: str) -> Tensor:
+    def waveform(self, audio, name: str = "audio") -> Tensor:
         """A float32 waveform (n,) of a file, a list of floats, or an array or tensor: integers are scaled by their range."""
         if isinstance(audio, (str, Path)):
             audio, name = load_audio(audio), str(audio)
@@ -234,13 +238,15 @@ class AudioFlamingo3Processor:
         if not (np.abs(samples) < 2.0 ** 32).all():  # of larger ones the mel power is infinite
             raise ValueError(f"{name}: audio holds NaN or infinite samples; finite ones, at most 1 in size, are expected.")
         if len(samples) > most:
-            warnings.warn(f"{len(samples) / SAMPLE_RATE:.1f} s of audio: only the first {most / SAMPLE_RATE:.1f} s are heard")
+            seconds = len(samples) / SAMPLE_RATE
+            warnings.warn(f"{name}: {seconds:.1f} s of audio: only the first {most / SAMPLE_RATE:.1f} s are heard")
         return torch.from_numpy(samples[:most])
 
     # Pieces are what a prompt is made of: plain text to encode, and ready ids. Text that spells a special token out stays
     # text, so these are the only way in; `_batch` repeats the `<sound>` id, and `splice` in af3.py gives each its frame.
     def _turn(self, role: str, said: list[str | int]) -> list[str | int]:
         return [self.start, f"{role}\n", *said, self.end, "\n"]
+
     def _prompt(self, prompt: str, windows: list[Tensor] | None) -> list[str | int]:
         if prompt.startswith("<|im_start|>"):
             return [self.tokenizer.added.get(piece, piece) for piece in self.tokenizer.any_added.split(prompt) if piece]
@@ -348,6 +354,7 @@ class AudioFlamingo3Processor:
 
     def batch_decode(self, ids, *options, **named_options) -> list[str]:
         return [self.decode(row, *options, **named_options) for row in ids]
+
     def decode(self, ids, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = False,
                strip_prefix: bool = False) -> str:
         """The text of ids (T,). Byte-level text holds no tokenization spaces to clean up."""

@@ -1,7 +1,7 @@
 """More ways to use Audio Flamingo 3 than one sound and one answer. Nobody needs this file to understand the model.
 
-A conversation (--chat), an answer to each of many sounds (several files, folders, --prompts), and one sound's journey to
-its answer as a table and a picture (--explain). generate.py hands over to `main` whatever is not one sound and a prompt.
+Weights that are not a checkpoint's own: AF-Think's adapter (think=True), half the memory (int8=True). Then what generate.py
+hands over: a conversation (--chat), many sounds (several files, folders, --prompts) and one sound's journey (--explain).
 """
 import argparse
 import json
@@ -14,54 +14,70 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
-import processor as words_and_sounds
 from af3 import AudioFlamingo3ForConditionalGeneration, KeyValueCache, frame_counts
 from generate import make_parser, model_and_options, one_line, say
 from load_weights import model_name, read_json, reading
-from processor import SAMPLE_RATE, AudioFlamingo3Processor, Batch
-
-SOUND_FILES = {".wav", ".mp3", ".flac", ".ogg", ".oga", ".opus", ".m4a", ".aac", ".aif", ".aiff", ".w64", ".wma", ".caf",
-               ".amr", ".mp4", ".m4v", ".mkv", ".webm", ".mov", ".avi", ".ts"}  # what is taken from a folder
-HEAT = [16, 17, 18, 54, 90, 126, 162, 198, 203, 208, 214, 220, 226, 228, 230, 231]  # of a terminal's 256 colours, dark to bright
-INK = " .:-=+*%@#"                                                                  # where it has none
-
-def plain(prompt: str) -> str:
-    """The prompt, unless the processor would take it for a finished template."""
-    if prompt.startswith("<|im_start|>"):
-        raise ValueError("The prompt starts with <|im_start|>; ask in plain words.")
-    return prompt
+from processor import N_SAMPLES, SAMPLE_RATE, AudioFlamingo3Processor, Batch, feature_batch
 
 # ---- Thinking ----
 def merge_adapter(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
     """Merges AF-Think's LoRA (Hu et al. 2021) into the weights, in float32, and puts what was trained beside it in place.
-    A tensor of the adapter that finds no place is an error that names it.
+    Raises ValueError; a tensor of the adapter that finds no place is named.
     """
     adapter = folder / ("stage35" if (folder / "stage35").is_dir() else "think")
+    if not adapter.is_dir():
+        raise FileNotFoundError(f"{adapter}: no such directory; the AF-Think adapter is expected there, or in stage35/.")
     with reading(path := adapter / "adapter_config.json"):
         config = read_json(path)
-        alpha, root = float(config["lora_alpha"]), 0.5 if config.get("use_rslora") else 1.0
-        if config.get("alpha_pattern"):
-            raise ValueError(f"{path}: alpha_pattern is not supported.")
-    with reading(path := adapter / "adapter_model.safetensors"):
-        given = load_file(path)
+        alpha, power = float(config["lora_alpha"]), 0.5 if config.get("use_rslora") else 1.0
+        if not 0 < alpha < 1e9 or config.get("alpha_pattern"):
+            raise ValueError(f"{path}: lora_alpha above 0, and no alpha_pattern, is expected.")
     with reading(path := adapter / "non_lora_trainables.bin"):
-        given |= torch.load(path, map_location="cpu", weights_only=True)
-    tensors = {model_name(name): tensor for name, tensor in given.items()}
-    for name, weight in model.state_dict().items():
-        factors = [name.removesuffix("weight") + f"lora_{factor}.weight" for factor in "AB"]
-        if tensors.keys() >= {*factors}:
-            a, b = (tensors.pop(factor).float() for factor in factors)  # (r, in), (out, r)
-            tensors[name] = torch.addmm(tensors.get(name, weight).float(), b, a, alpha=alpha / len(a) ** root).to(dtype)
-    unplaced = model.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
+        given = {**torch.load(path, map_location="cpu", weights_only=True)}
+    with reading(path := adapter / "adapter_model.safetensors"):
+        given |= load_file(path)
+        tensors = {model_name(name): tensor for name, tensor in given.items()}
+        for name, weight in model.state_dict().items():
+            factors = [name.removesuffix("weight") + f"lora_{factor}.weight" for factor in "AB"]
+            if tensors.keys() >= {*factors}:
+                a, b = (tensors.pop(factor).float() for factor in factors)  # (r, in), (out, r)
+                tensors[name] = torch.addmm(tensors.get(name, weight).float(), b, a, alpha=alpha / len(a) ** power).to(dtype)
+        unplaced = model.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
     if named := [name for name in given if model_name(name) in unplaced]:
         raise ValueError(f"{adapter}: no place in the model for {', '.join(named)}.")
+
+# ---- Half the memory ----
+class Int8Linear(nn.Module):
+    """A linear layer whose weight (out, in) is int8, with one scale an output row: half of bfloat16's bytes."""
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.register_buffer("weight", torch.empty_like(linear.weight, dtype=torch.int8))
+        self.register_buffer("scale", torch.empty_like(linear.weight[:, 0]))
+        self.bias, self.chunk = linear.bias, 1 + (1 << 21) // linear.in_features  # rows: a few MB stay in the CPU's cache
+        for rows, weight, scale in zip(*(x.split(self.chunk) for x in (linear.weight, self.weight, self.scale))):
+            rows = rows.float()
+            scale.copy_(rows.abs().amax(1) / 127).clamp_(min=torch.finfo(scale.dtype).tiny)
+            weight.copy_((rows / scale[:, None]).round_())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cpu and x[..., 0].numel() <= 8 and x.shape[-1] % 16 == 0:  # few tokens; at other widths the operator errs
+            y = torch.ops.aten._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale).unflatten(0, x.shape[:-1])
+        else:
+            y = torch.cat([F.linear(x, rows.to(x.dtype)) for rows in self.weight.split(self.chunk)], -1) * self.scale
+        return y if self.bias is None else y + self.bias
+
+def quantise(decoder: nn.Module) -> None:
+    """Replaces the linear layers, one at a time, so that never both copies of more than one are in memory."""
+    for module in decoder.modules():
+        for name, layer in module.named_children():
+            if isinstance(layer, nn.Linear):
+                setattr(module, name, Int8Linear(layer))
 
 # ---- A conversation ----
 class Conversation:
@@ -71,108 +87,142 @@ class Conversation:
         config = model.config.text_config
         self.processor, self.model, self.stopped = processor, model, True
         self.cache = KeyValueCache(config, 1, config.max_position_embeddings, model.dtype, model.device)
+        self.forget()
+
+    def forget(self) -> None:
+        self.cache.used = 0
+        self.cache.seen.zero_()
         self.unfed: list[int] = []  # the end of the last turn, which the cache does not hold yet
 
     def question(self, text: str, sounds: Iterable = ()) -> Batch:
         """The model's inputs for a user turn: the end of the turn before, this one, and the header of the answer."""
         content = [*({"type": "audio", "audio": sound} for sound in sounds), {"type": "text", "text": text}]
-        system = [{"role": "system", "content": None}] if self.unfed else []  # only the first turn has the opening before it
+        # after the first turn a system message of nothing, which is skipped, keeps the usual one from being put in front
+        system = [{"role": "system", "content": None}] if self.unfed else []
         batch = self.processor.apply_chat_template([*system, {"role": "user", "content": content}], add_generation_prompt=True)
         batch["input_ids"] = torch.cat([torch.tensor([self.unfed], dtype=torch.long), batch["input_ids"]], dim=1)
         del batch["attention_mask"]  # all ones
         return batch.to(self.model.device)
 
-    def answer(self, question: Batch, **options) -> Iterator[torch.Tensor]:
+    def answer(self, question: Batch, **options) -> Iterator[Tensor]:
         """The answer's ids, each (1,), as soon as they are known; setting `stopped` ends it early. Options as `generate`'s."""
-        self.stopped = False
+        self.stopped, used, said = False, self.cache.used, None
         try:
-            for ids in self.model.stream(**question, cache=self.cache, **options):
-                last = [id for id in ids.tolist() if id not in self.processor.tokenizer.special]
-                self.unfed = [*last, self.processor.end, *self.processor.tokenizer.encode("\n")]
-                yield ids
+            for said in self.model.stream(**question, cache=self.cache, **options):
+                yield said
                 if self.stopped:
                     return
         finally:
             self.stopped = True
+            if said is None:  # it failed: as if it had not been asked
+                self.cache.used = used
+            else:  # the last id was not fed; an id that ends a turn is replaced by the template's own
+                last = [id for id in said.tolist() if id not in self.processor.tokenizer.special]
+                self.unfed = [*last, self.processor.end, *self.processor.tokenizer.encode("\n")]
 
-def chat(args: argparse.Namespace, audio: list[str], prompt: str | None) -> None:
+def chat(args: argparse.Namespace, names: list[str], prompt: str | None) -> None:
     """A conversation in the terminal: a line is a question. Ctrl-C ends an answer, and where none is given the conversation."""
     with suppress(ImportError):  # not on Windows
         import readline  # noqa: F401  with it input() has a history
     processor = AudioFlamingo3Processor.from_pretrained(args.model)
-    sounds = [processor.waveform(name, name) for name in audio]
+    sounds = [processor.waveform(name) for name in names]
     model, options = model_and_options(args)
     talk = Conversation(processor, model)
     def interrupt(*_) -> None:
         if talk.stopped:
-            os._exit(os.write(1, b"\n") and 130)
+            raise KeyboardInterrupt  # not os._exit: readline has to give the terminal back
         talk.stopped = True
     signal.signal(signal.SIGINT, interrupt)
+    sys.stdin = sys.stdin or open(os.devnull)  # None where closed
+    sys.stdin.reconfigure(errors="replace")
     if sys.stdin.isatty() and not args.quiet:
         print("A line is a question. /audio FILE adds a sound, /reset forgets everything, /quit ends.", file=sys.stderr)
-    while (line := prompt or read_line()) != "/quit":
-        prompt, (command, _, name) = None, line.partition(" ")
+    shown = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
+    while True:
         try:
-            if command == "/audio":
-                sounds.append(processor.waveform(Path(name.strip()).expanduser(), name))
+            line, prompt = prompt or input(shown).strip(), None
+            command, name = [*line.split(None, 1), "", ""][:2]
+            if command == "/quit":
+                return
+            elif command == "/audio" and name:
+                sounds.append(processor.waveform(os.path.expanduser(name)))
             elif command == "/reset":
-                talk, sounds = Conversation(processor, model), []
+                talk.forget()
+                sounds = []
             elif command.startswith("/"):
                 raise ValueError(f"{command} is none of /audio FILE, /reset and /quit.")
             elif line:
-                question, sounds = talk.question(line, sounds), []
-                say(processor, talk.answer(question, **options), None if args.quiet else "")
-        except (ValueError, FileNotFoundError, PermissionError) as error:
+                say(processor, talk.answer(talk.question(line, sounds), **options), None if args.quiet else "")
+                sounds = []
+        except BrokenPipeError:
+            raise
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:  # and the conversation goes on
             print(f"error: {one_line(error)}", file=sys.stderr)
 
-def read_line() -> str:
-    try:
-        return input("> " if sys.stdin.isatty() else "").strip()
-    except EOFError:
-        return "/quit"
-
 # ---- Many sounds ----
-def read_objects(path: str) -> list[dict]:
-    """The object in each line of a file of JSON lines; an empty one for a line that holds none, such as one cut off."""
-    with reading(Path(path)):
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    return [as_object(line) for line in lines if line.strip()]
+SOUND_FILES = {".wav", ".mp3", ".flac", ".ogg", ".oga", ".opus", ".m4a", ".aac", ".aif", ".aiff", ".w64", ".wma", ".caf",
+               ".amr", ".mp4", ".m4v", ".mkv", ".webm", ".mov", ".avi", ".ts"}  # what is taken from a folder
 
-def as_object(line: str) -> dict:
-    with suppress(ValueError, TypeError):
-        return {**json.loads(line)}
-    return {}
+def read_objects(path: str) -> list[dict]:
+    """The object in each line of a file of JSON lines, and {} for a line that holds none, such as one that was cut off."""
+    with reading(Path(path)):
+        lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").split("\n")
+    objects = []
+    for line in filter(str.strip, lines):
+        found = None
+        with suppress(ValueError, RecursionError):
+            found = json.loads(line)
+        objects.append(found if isinstance(found, dict) else {})
+    return objects
 
 def read_jobs(prompts: str | None, names: list[str], prompt: str) -> list[dict]:
     """What is asked, in order: the lines of the file `prompts`, then each sound named or lying in a folder named."""
     jobs = [{"prompt": prompt} | job for job in (read_objects(prompts) if prompts else [])]
     for number, job in enumerate(jobs, 1):
         if not (isinstance(job.get("audio"), str) and isinstance(job["prompt"], str)) or {"answer", "error"} & job.keys():
-            raise ValueError(f'{prompts}: entry {number} must be a JSON object with "audio", a file, and without "answer", "error".')
+            raise ValueError(f'{prompts}: entry {number} must be an object with "audio", a file, and no "answer" or "error".')
     for name in names:
-        inside = sorted(str(file) for file in Path(name).rglob("*") if file.suffix.lower() in SOUND_FILES)
-        if os.path.isdir(name) and not inside:
-            raise ValueError(f"{name}: no sound files inside.")
-        jobs += [{"audio": file, "prompt": prompt} for file in inside or [name]]
+        files = [name]
+        if os.path.isdir(name):
+            files = sorted(str(file) for file in Path(name).rglob("[!.]*") if file.suffix.lower() in SOUND_FILES and file.is_file())
+            if not files:
+                raise ValueError(f"{name}: no sound files inside.")
+        jobs += [{"audio": file, "prompt": prompt} for file in files]
     return jobs
 
 def key(job: dict) -> str:
     """A job without its outcome, to be found again by."""
-    return json.dumps({name: value for name, value in job.items() if name not in ("answer", "error")}, sort_keys=True)
+    asked = {name: value for name, value in job.items() if name not in ("answer", "error")}
+    return json.dumps(asked | {"audio": os.path.normpath(job["audio"])}, sort_keys=True)
 
-def answer_batch(batch: list[tuple[torch.Tensor, dict]], processor: AudioFlamingo3Processor, model: nn.Module, options: dict) -> None:
+def as_line(job: dict) -> str:
+    """JSON in which nothing steers a terminal, and nothing is beyond what stdout can write."""
+    line = json.dumps(job, ensure_ascii=sys.stdout.encoding.lower() != "utf-8")
+    return line.translate({c: f"\\u{c:04x}" for c in range(127, 160)})
+
+def leave_out_answered(jobs: list[dict], path: str) -> list[dict]:
+    """The jobs that the JSON lines in `path` have no answer to."""
+    answered = {key(job) for job in read_objects(path) if "answer" in job and isinstance(job.get("audio"), str)}
+    with suppress(OSError):  # stdout is no file
+        with open(path, "rb") as file:
+            if os.path.sameopenfile(file.fileno(), sys.stdout.fileno()) and file.read()[-1:] not in (b"", b"\n"):
+                print()  # what is appended must not go on in a line that was cut off
+    return [job for job in jobs if key(job) not in answered]
+
+def answer_batch(batch: list[tuple[Tensor, dict]], processor: AudioFlamingo3Processor, model: nn.Module, options: dict) -> None:
     """Gives each job its "answer", or its "error": where a batch fails each is tried alone, so that none spoils another."""
     try:
         inputs = processor([plain(job["prompt"]) for _, job in batch], [sound for sound, _ in batch]).to(model.device)
         new = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1]:]
         for (_, job), text in zip(batch, processor.batch_decode(new, skip_special_tokens=True)):
             job["answer"] = text
+        return
     except (ValueError, MemoryError, RuntimeError) as error:
-        if len(batch) == 1:
-            batch[0][1]["error"] = one_line(error)
-        else:
-            for one in batch:
-                answer_batch([one], processor, model, options)
+        reason = one_line(error)
+    if len(batch) == 1:
+        batch[0][1]["error"] = reason
+    for one in batch if len(batch) > 1 else ():  # out here, where the failed batch's tensors have left memory
+        answer_batch([one], processor, model, options)
 
 def answer_all(args: argparse.Namespace, names: list[str], prompt: str | None) -> None:
     """The jobs with their answers as JSON lines, in the order asked. Of each few batches' sounds, those of like length go
@@ -181,37 +231,42 @@ def answer_all(args: argparse.Namespace, names: list[str], prompt: str | None) -
     if args.batch_size < 1:
         raise ValueError(f"--batch-size is {args.batch_size}; at least 1 is expected.")
     processor = AudioFlamingo3Processor.from_pretrained(args.model)
-    jobs = read_jobs(args.prompts, names, prompt or processor.default_transcription_prompt)
+    asked = jobs = read_jobs(args.prompts, names, prompt or processor.default_transcription_prompt)
     if args.resume and os.path.exists(args.resume):
-        done = {key(job) for job in read_objects(args.resume) if "answer" in job}
-        jobs = [job for job in jobs if key(job) not in done]
-        if Path(args.resume).read_bytes()[-1:] not in (b"", b"\n"):
-            print()  # what is appended there must not go on the line that was cut off
-    model, options = model_and_options(args)
+        jobs = leave_out_answered(asked, args.resume)
+    if jobs:
+        model, options = model_and_options(args)
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # without a line end: what was printed are whole lines
     start, shown = time.perf_counter(), sys.stderr.isatty() and not args.quiet
     for at in range(0, len(jobs), 4 * args.batch_size):
-        some, heard = jobs[at:at + 4 * args.batch_size], []
-        for job in some:
+        group, heard = jobs[at:at + 4 * args.batch_size], []
+        for job in group:
             try:
-                heard.append((processor.waveform(job["audio"], job["audio"]), job))
-            except (ValueError, OSError) as error:
+                heard.append((processor.waveform(job["audio"]), job))
+            except (ValueError, OSError, RuntimeError, MemoryError) as error:
                 job["error"] = one_line(error)
         heard.sort(key=lambda pair: len(pair[0]))
         for first in range(0, len(heard), args.batch_size):
             answer_batch(heard[first:first + args.batch_size], processor, model, options)
             if shown:
-                count = at + len(some) - len(heard) + min(first + args.batch_size, len(heard))
-                rate = count / (time.perf_counter() - start)
-                left = (len(jobs) - count) / rate
-                print(f"\r{count} of {len(jobs)}, {rate:.2f} a second, {left:.0f} s left ", end="", file=sys.stderr, flush=True)
+                show_progress(at + len(group) - len(heard) + min(first + args.batch_size, len(heard)), len(jobs), start)
         print("\r\x1b[K" * shown, end="", file=sys.stderr, flush=True)
-        for job in some:
-            print(json.dumps(job, ensure_ascii=sys.stdout.encoding.lower() != "utf-8"), flush=True)
+        for job in group:
+            print(as_line(job), flush=True)
     if not args.quiet:
-        wrong, seconds = sum("error" in job for job in jobs), time.perf_counter() - start
-        print(f"answered {len(jobs) - wrong} of {len(jobs)} in {seconds:.1f} s", file=sys.stderr)
+        answered, before = sum("answer" in job for job in jobs), len(asked) - len(jobs)
+        earlier = f" (and {before} before)" if before else ""
+        print(f"answered {answered} of {len(jobs)}{earlier} in {time.perf_counter() - start:.1f} s", file=sys.stderr)
+
+def show_progress(done: int, of: int, start: float) -> None:
+    seconds = time.perf_counter() - start
+    left = seconds / done * (of - done)
+    print(f"\r{done} of {of}, {done / seconds:.2f} a second, {left:.0f} s left \x1b[K", end="", file=sys.stderr, flush=True)
 
 # ---- The journey of a sound ----
+HEAT = [16, 17, 18, 54, 90, 126, 162, 198, 203, 208, 214, 220, 226, 228, 230, 231]  # of a terminal's 256 colours
+INK = " .:-=+*%@#"                                                                  # where it has none
+
 class Journey:
     """The stages of a sound's way to its first token, in order: what came out of each, how long it took, what it means."""
 
@@ -220,9 +275,10 @@ class Journey:
         self.clock = time.perf_counter()
 
     def reach(self, name: str, shape: Iterable[int], meaning: str) -> None:
-        now = time.perf_counter()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # or only the start of the work would be timed
         _, times, seconds, _ = self.rows.get(name, (None, 0, 0.0, None))
-        self.rows[name] = [tuple(shape), times + 1, seconds + now - self.clock, meaning]
+        self.rows[name] = [tuple(shape), times + 1, seconds + time.perf_counter() - self.clock, meaning]
         self.clock = time.perf_counter()
 
     def watch(self, model: AudioFlamingo3ForConditionalGeneration) -> list:
@@ -250,7 +306,7 @@ class Journey:
             lines.append(f"{name:18} {shapes:20} {1000 * seconds:9.2f}  {meaning}")
         return "\n".join(lines)
 
-def picture(features: torch.Tensor, mel_frames: list[int], columns: int, coloured: bool) -> str:
+def picture(features: Tensor, mel_frames: list[int], columns: int, coloured: bool) -> str:
     """The log-mel's real frames, low notes below, a border after each window, its audio frames under it."""
     rows, shades = (32, len(HEAT)) if coloured else (16, len(INK))
     widths = [max(1, columns * n // sum(mel_frames) - 1) for n in mel_frames]
@@ -277,18 +333,15 @@ def explain(args: argparse.Namespace, names: list[str], prompt: str | None) -> N
         raise ValueError("--explain takes one sound file.")
     processor = AudioFlamingo3Processor.from_pretrained(args.model)
     journey = Journey()
-    waveform = processor.waveform(names[0], names[0])
+    waveform = processor.waveform(names[0])
     journey.reach("waveform", waveform.shape, f"samples, {SAMPLE_RATE} a second: {len(waveform) / SAMPLE_RATE:.2f} s")
-    def features(windows: list[torch.Tensor], make=words_and_sounds.feature_batch) -> tuple[torch.Tensor, torch.Tensor]:
-        journey.reach("prompt", (), "")
-        made = make(windows)
-        journey.reach("log-mel", made[0].shape, f"{int(made[1].sum())} mel frames of 10 ms, padded to whole windows")
-        return made
-    with patch.object(words_and_sounds, "feature_batch", features):
-        inputs = processor.apply_transcription_request(waveform, prompt)
-    ids, mel_frames = inputs["input_ids"], inputs["feature_attention_mask"].sum(1).tolist()
+    inputs = processor.apply_transcription_request(waveform, prompt)  # log-mel and ids; now each alone, for its time
+    journey.clock, ids = time.perf_counter(), inputs["input_ids"]
+    features, mask = feature_batch(waveform.split(N_SAMPLES))
+    journey.reach("log-mel", features.shape, f"{int(mask.sum())} mel frames of 10 ms, padded to whole windows")
+    processor(prompt or processor.default_transcription_prompt)
     slots = int((ids == processor.audio_token_id).sum())
-    journey.rows["prompt"][::3] = tuple(ids.shape), f"ids in the chat template, {slots} of them <sound>"
+    journey.reach("prompt", ids.shape, f"ids in the chat template, {slots} of them <sound>")
     model, options = model_and_options(args)
     hooks, steps = journey.watch(model), model.stream(**inputs.to(model.device), **options)
     first = next(steps)
@@ -296,25 +349,42 @@ def explain(args: argparse.Namespace, names: list[str], prompt: str | None) -> N
         hook.remove()
     journey.reach("next token", first.shape, f"{processor.decode(first)!r}; then token by token")
     coloured = sys.stdout.isatty() and "256color" in os.environ.get("TERM", "") and "NO_COLOR" not in os.environ
-    columns = shutil.get_terminal_size().columns - 1
-    print(journey.table(), picture(inputs["input_features"], mel_frames, columns, coloured), "", sep="\n\n")
+    coloured, columns = coloured and sys.stdout.encoding.lower() == "utf-8", min(shutil.get_terminal_size().columns - 1, 400)
+    print(journey.table(), picture(features, mask.sum(1).tolist(), columns, coloured), sep="\n\n", end="\n\n")
     say(processor, chain([first], steps), None)
+
+# ---- The command line ----
+def plain(prompt: str) -> str:
+    """The prompt, unless the processor would take it for a finished template."""
+    if prompt.startswith("<|im_start|>"):
+        raise ValueError("The prompt starts with <|im_start|>; ask in plain words.")
+    return prompt
 
 def main() -> None:
     parser = make_parser()
     add = parser.add_argument
-    add("more", nargs="*", help="further sounds, and folders of them: then a last word that is no file is the prompt")
+    add("more", nargs="*", help="further sounds, and folders of them; a last word that is no file is the prompt")
     add("-h", "--help", action="help", help="shows this")
-    add("--chat", action="store_true", help="a conversation in the terminal, in which no sound is heard twice")
-    add("--explain", action="store_true", help="the sound's journey to its answer as a table and a picture, and the answer")
-    add("--prompts", metavar="FILE", help='JSON lines with "audio", "prompt" and any other fields, which stay')
-    add("--batch-size", type=int, default=8, metavar="N", help="answer N sounds at a time (default: 8)")
-    add("--resume", metavar="FILE", help="leave out what FILE, JSON lines of an earlier run, has an answer to")
+    way = parser.add_mutually_exclusive_group().add_argument
+    way("--chat", action="store_true", help="a conversation in the terminal, in which no sound is heard twice")
+    way("--explain", action="store_true", help="the sound's journey to its answer as a table and a picture, and the answer")
+    way("--prompts", metavar="FILE", help='JSON lines with "audio", "prompt" and any other fields, which stay')
+    add("--batch-size", type=int, default=8, metavar="N", help="of many sounds, answer N at a time (default: 8)")
+    add("--resume", metavar="FILE", help="leave out what an earlier run, `>> FILE`, has answered")
     args = parser.parse_intermixed_args()
     words = [word for word in (args.audio, args.prompt, *args.more) if word is not None]
-    has_prompt = len(words) > (0 if args.prompts else 1) and not os.path.exists(words[-1])
-    prompt = words.pop() if has_prompt else None
+    prompt = None
+    if len(words) > (0 if args.prompts else 1) and not os.path.exists(words[-1]):
+        if " " in words[-1] or Path(words[-1]).suffix.lower() not in SOUND_FILES:  # not a mistyped file
+            prompt = words.pop()
     if not (words or args.chat or args.prompts):
         parser.error("the following arguments are required: audio")
-    plain(prompt or "")
-    (chat if args.chat else explain if args.explain else answer_all)(args, words, prompt)
+    try:
+        if args.chat:
+            chat(args, words, prompt)
+        else:
+            (explain if args.explain else answer_all)(args, words, prompt and plain(prompt))
+    except KeyboardInterrupt:
+        os._exit(os.write(1, b"\n") and 130)
+    except EOFError:  # the end of the input ends a conversation
+        print(end="\n" * sys.stdin.isatty())

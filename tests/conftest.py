@@ -10,8 +10,10 @@ TESTS = Path(__file__).resolve().parent
 ROOT, TINY, SHARED = TESTS.parent, TESTS.parent / "tiny", TESTS.parent.parent / "shared"
 sys.path[:0] = [str(ROOT), str(TESTS)]
 
+import generate
 from af3 import AudioFlamingo3ForConditionalGeneration
 from processor import AudioFlamingo3Processor
+from signals import sound
 
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "processor_config.json"]
 
@@ -56,3 +58,20 @@ def qwen() -> Path:
 @pytest.fixture(scope="session")
 def ffmpeg() -> str:
     return shutil.which("ffmpeg") or pytest.skip("ffmpeg is not installed")
+
+
+@pytest.fixture
+def clip(tmp_path):
+    from test_processor import as_file_type, wav_bytes  # pytest rewrites its asserts, so not before it has begun
+    (tmp_path / "clip.wav").write_bytes(wav_bytes(as_file_type(sound(24000)[:, None], 1, 16)))
+    return str(tmp_path / "clip.wav")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, micro):
+    """(exit status, stdout, stderr) of the command line in this process, with the micro checkpoint."""
+    def call(*arguments, model=micro):
+        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, arguments), "--model", str(model), "--device", "cpu"])
+        status = generate.main()
+        return status, *capsys.readouterr()
+    return call

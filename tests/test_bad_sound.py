@@ -6,7 +6,6 @@ import resource
 import struct
 import subprocess
 import time
-import warnings
 
 import numpy as np
 import pytest

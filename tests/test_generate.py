@@ -3,33 +3,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
-import numpy as np
 import pytest
 from conftest import ROOT, TINY
-from signals import sound
-from test_processor import as_file_type, wav_bytes
 
 import generate
 
 SAMPLES = {"digits.wav": (None, "seven three one"), "rain.wav": ("What sound is this?", "rain"), "melody.wav": ("Does the melody rise or fall?", "rises")}
-
-
-@pytest.fixture
-def clip(tmp_path):
-    (tmp_path / "clip.wav").write_bytes(wav_bytes(as_file_type(sound(24000)[:, None], 1, 16)))
-    return str(tmp_path / "clip.wav")
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, micro):
-    """(exit status, stdout, stderr) of the command line in this process, with the micro checkpoint."""
-    def call(*arguments, model=micro):
-        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, arguments), "--model", str(model), "--device", "cpu"])
-        status = generate.main()
-        return status, *capsys.readouterr()
-    return call
 
 
 def command(*arguments, **options):

@@ -1,7 +1,6 @@
 """A checkpoint directory becomes a model: both layouts, the look-up by name, and what a bad checkpoint gets."""
 import json
 import shutil
-import weakref
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from signals import conversation, sound
 
 from af3 import AudioFlamingo3ForConditionalGeneration
-from load_weights import Int8Linear, find_checkpoint
+from load_weights import find_checkpoint
 from processor import AudioFlamingo3Processor
 
 load = AudioFlamingo3ForConditionalGeneration.from_pretrained
@@ -104,62 +103,6 @@ def test_end_and_padding_come_from_the_generation_config_else_from_the_tokenizer
 
 def test_tiny_is_below_16_megabytes():
     assert sum(file.stat().st_size for file in TINY.rglob("*") if file.is_file() and "__pycache__" not in file.parts) < 16e6
-
-
-# ---- int8 ----
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tokens", [1, 8, 9, 300])
-def test_an_int8_layer_is_the_linear_layer_within_one_percent_for_few_tokens_and_many(tokens, dtype):
-    linear = torch.nn.Linear(192, 20001, dtype=dtype).requires_grad_(False)
-    x = torch.randn(2, tokens, 192, dtype=dtype, generator=torch.Generator().manual_seed(0))
-    wanted, y = linear(x), Int8Linear(linear)(x)
-    assert y.shape == wanted.shape and y.dtype == dtype and (y - wanted).norm() < 0.01 * wanted.norm()
-
-
-@pytest.mark.parametrize("width", [17, 33, 100, 575])
-def test_an_int8_layer_of_any_width_is_right_in_bfloat16(width):
-    linear = torch.nn.Linear(width, 65, dtype=torch.bfloat16).requires_grad_(False)
-    x = torch.randn(1, width, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0))
-    assert (Int8Linear(linear)(x) - linear(x)).norm() < 0.02 * linear(x).norm()
-
-
-def test_int8_in_float16_is_refused_as_its_products_overflow(micro):
-    with pytest.raises(ValueError, match="without int8, float16"):
-        load(micro, dtype="float16", int8=True)
-
-
-def test_an_int8_row_of_zeros_stays_one_and_a_row_of_few_values_is_exact():
-    linear = torch.nn.Linear(4, 2, bias=False)
-    linear.weight.data = torch.tensor([[0.0, 0, 0, 0], [-127, 1, 64, 0]])
-    assert Int8Linear(linear.requires_grad_(False))(torch.eye(4)).T.tolist() == linear.weight.tolist()
-
-
-def test_int8_holds_the_decoders_linear_layers_and_the_head_and_no_other(micro, model):
-    wanted = {name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name.startswith("language_model.")}
-    int8 = load(micro, int8=True)
-    assert {name for name, m in int8.named_modules() if isinstance(m, Int8Linear)} == wanted and len(wanted) == 15
-    assert int8.dtype == torch.float32 and {b.dtype for n, b in int8.named_buffers() if n.endswith("weight")} == {torch.int8}
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_int8_logits_of_tiny_are_near_its_own(dtype):
-    inputs = AudioFlamingo3Processor.from_pretrained(TINY)("Transcribe the input speech.", TINY / "samples" / "digits.wav")
-    wanted, logits = load(TINY, dtype=dtype)(**inputs).logits, load(TINY, dtype=dtype, int8=True)(**inputs).logits
-    assert logits.dtype == wanted.dtype and 0 < (logits - wanted).norm() < 0.02 * wanted.norm()
-
-
-def test_int8_lets_go_of_the_weights_it_has_quantised(micro, monkeypatch):
-    alive, most = [], []
-    quantise = Int8Linear.__init__
-
-    def watched(self, linear):
-        most.append(sum(weight() is not None for weight in alive))
-        alive.append(weakref.ref(linear.weight))
-        quantise(self, linear)
-    monkeypatch.setattr(Int8Linear, "__init__", watched)
-    load(micro, int8=True)
-    assert len(alive) == 15 and max(most) <= 3  # the others of one attention or MLP
 
 
 # ---- Names ----

@@ -6,18 +6,21 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
+import weakref
 
 import pytest
 import torch
 from conftest import ROOT, TESTS, TINY
 from safetensors.torch import load_file, save_file
 from signals import conversation, sound
-from test_generate import clip, command, run  # noqa: F401  fixtures
+from test_generate import command
 from test_load_weights import change, write_original
 from test_processor import as_file_type, wav_bytes
 
 import ways
 from af3 import AudioFlamingo3ForConditionalGeneration, KeyValueCache
+from processor import AudioFlamingo3Processor
 
 load = AudioFlamingo3ForConditionalGeneration.from_pretrained
 QUESTIONS = ["What is this?", "And how loud is it?", "Ünd now?"]
@@ -123,7 +126,32 @@ def test_an_adapter_of_another_shape_is_refused_by_name(thinking):
         load(thinking, "cpu", think=True)
 
 
-@pytest.mark.parametrize("fields, named", [({"lora_alpha": None}, "adapter_config.json"), ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern")])
+Q_PROJ = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize("file, change", [
+    ("adapter_model.safetensors", {Q_PROJ: torch.zeros(0, 48)}), ("adapter_model.safetensors", {Q_PROJ: torch.zeros(())}),
+    ("adapter_model.safetensors", {Q_PROJ: torch.zeros(3, 48)}), ("non_lora_trainables.bin", {5: torch.zeros(1)}),
+    ("non_lora_trainables.bin", {"multi_modal_projector.linear_2.weight": "words"}), ("non_lora_trainables.bin", {"multi_modal_projector.linear_1.bias": 7})])
+def test_a_damaged_adapter_is_refused_by_file(thinking, file, change):
+    path = thinking / "think" / file
+    read, write = (load_file, save_file) if file.endswith("safetensors") else (torch.load, torch.save)
+    write(read(path) | change, path)
+    with pytest.raises(ValueError, match="think"):
+        load(thinking, "cpu", think=True)
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "non_lora_trainables.bin", "adapter_config.json"])
+def test_a_missing_and_a_cut_off_file_of_an_adapter_are_named(thinking, file):
+    path = thinking / "think" / file
+    path.write_bytes(path.read_bytes()[:60])
+    for _ in range(2):
+        with pytest.raises(ValueError, match=file):
+            load(thinking, "cpu", think=True)
+        path.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("fields, named", [({"lora_alpha": None}, "adapter_config.json"), ({"lora_alpha": float("nan")}, "lora_alpha"), ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern")])
 def test_an_adapters_config_that_cannot_be_followed_is_refused(thinking, fields, named):
     change(thinking / "think" / "adapter_config.json", **fields)
     with pytest.raises(ValueError, match=named):
@@ -145,7 +173,63 @@ def test_a_pickle_that_runs_code_is_refused_unrun(thinking, tmp_path, monkeypatc
 
 def test_without_an_adapter_think_is_refused_by_name(micro, run, clip):
     status, out, err = run(clip, "Hi", "--think")
-    assert (status, out) == (2, "") and "think/adapter_config.json" in err and err.count("\n") == 1
+    assert (status, out) == (2, "") and "think: no such directory; the AF-Think adapter is expected" in err and err.count("\n") == 1
+
+
+# ---- Half the memory ----
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 8, 9, 300])
+def test_an_int8_layer_is_the_linear_layer_within_one_percent_for_few_tokens_and_many(tokens, dtype):
+    linear = torch.nn.Linear(192, 20001, dtype=dtype).requires_grad_(False)
+    x = torch.randn(2, tokens, 192, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    wanted, y = linear(x), ways.Int8Linear(linear)(x)
+    assert y.shape == wanted.shape and y.dtype == dtype and (y - wanted).norm() < 0.01 * wanted.norm()
+
+
+@pytest.mark.parametrize("width", [17, 33, 100, 575])
+def test_an_int8_layer_of_any_width_is_right_in_bfloat16(width):
+    linear = torch.nn.Linear(width, 65, dtype=torch.bfloat16).requires_grad_(False)
+    x = torch.randn(1, width, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0))
+    assert (ways.Int8Linear(linear)(x) - linear(x)).norm() < 0.02 * linear(x).norm()
+
+
+def test_int8_in_float16_is_refused_as_its_products_overflow(micro):
+    with pytest.raises(ValueError, match="without int8, float16"):
+        load(micro, dtype="float16", int8=True)
+
+
+def test_an_int8_row_of_zeros_stays_one_and_a_row_of_few_values_is_exact():
+    linear = torch.nn.Linear(4, 2, bias=False)
+    linear.weight.data = torch.tensor([[0.0, 0, 0, 0], [-127, 1, 64, 0]])
+    assert ways.Int8Linear(linear.requires_grad_(False))(torch.eye(4)).T.tolist() == linear.weight.tolist()
+
+
+def test_int8_holds_the_decoders_linear_layers_and_the_head_and_no_other(micro, model):
+    wanted = {name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name.startswith("language_model.")}
+    int8 = load(micro, int8=True)
+    assert {name for name, m in int8.named_modules() if isinstance(m, ways.Int8Linear)} == wanted and len(wanted) == 15
+    assert int8.dtype == torch.float32 and {b.dtype for n, b in int8.named_buffers() if n.endswith("weight")} == {torch.int8}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_int8_logits_of_tiny_are_near_its_own(dtype):
+    inputs = AudioFlamingo3Processor.from_pretrained(TINY)("Transcribe the input speech.", TINY / "samples" / "digits.wav")
+    wanted, logits = load(TINY, dtype=dtype)(**inputs).logits, load(TINY, dtype=dtype, int8=True)(**inputs).logits
+    assert logits.dtype == wanted.dtype and 0 < (logits - wanted).norm() < 0.02 * wanted.norm()
+
+
+def test_int8_lets_go_of_the_weights_it_has_quantised(micro, monkeypatch):
+    alive, most = [], []
+    quantise = ways.Int8Linear.__init__
+
+    def watched(self, linear):
+        most.append(sum(weight() is not None for weight in alive))
+        alive.append(weakref.ref(linear.weight))
+        quantise(self, linear)
+    monkeypatch.setattr(ways.Int8Linear, "__init__", watched)
+    load(micro, int8=True)
+    assert len(alive) == 15 and max(most) <= 3  # the others of one attention or MLP
 
 
 # ---- A conversation ----
@@ -215,7 +299,22 @@ def test_an_answer_that_is_stopped_stays_in_the_conversation(model, processor):
     answer = talk.answer(talk.question("One?", [sound(20000)]), max_new_tokens=50, eos_token_id=[])
     first = next(answer)
     talk.stopped = True
-    assert list(answer) == [] and talk.unfed[0] == first or talk.unfed[0] == processor.end
+    assert list(answer) == [] and talk.unfed[0] == first
+
+
+def test_what_is_forgotten_changes_nothing(model, processor):
+    talk, new = ways.Conversation(processor, model), ways.Conversation(processor, model)
+    list(talk.answer(talk.question("One?", [sound(20000)]), max_new_tokens=9))
+    talk.forget()
+    said = [torch.cat(list(t.answer(t.question("Two?", [sound(16000)]), max_new_tokens=9, repetition_penalty=1.3))) for t in (talk, new)]
+    assert torch.equal(*said)
+
+
+def test_a_cache_too_small_for_the_turn_is_refused(model, processor):
+    cache = KeyValueCache(model.config.text_config, 1, 60, model.dtype, model.device)
+    inputs = processor("One?", sound(20000))
+    with pytest.raises(ValueError, match="max_new_tokens=30"):
+        list(model.stream(**inputs, cache=cache, max_new_tokens=30))
 
 
 def chat(*arguments, lines, **options):
@@ -230,10 +329,40 @@ def test_a_chat_in_the_terminal_answers_each_line(tmp_path):
 
 
 def test_a_chat_goes_on_after_what_it_cannot_do():
-    result = chat("--quiet", lines=["/audio gone.wav", "/audio", "/sing", "", f"/audio {TINY / 'samples' / 'rain.wav'}", "What sound is this?"])
+    wrong = ["/audio gone.wav", "/audio", "/sing", "/audio ~nobody/a.wav", "/audio " + "a" * 300, "/audio ."]
+    result = chat("--quiet", lines=[*wrong, "", f"/audio\t{TINY / 'samples' / 'rain.wav'}", "What sound is this?"])
     errors = result.stderr.splitlines()
-    assert (result.returncode, result.stdout) == (0, "rain\n") and len(errors) == 3 and all(e.startswith("error: ") for e in errors)
+    assert (result.returncode, result.stdout) == (0, "rain\n") and len(errors) == len(wrong) and all(e.startswith("error: ") for e in errors)
     assert "gone.wav" in errors[0] and "/sing" in errors[2]
+
+
+def test_words_that_are_no_text_do_not_end_a_chat():
+    lines = b"Hi \xff\n/audio %s\nWhat sound is this?\n" % os.fsencode(TINY / "samples" / "rain.wav")
+    result = subprocess.run([sys.executable, ROOT / "generate.py", "--chat", "--quiet"], input=lines, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"})
+    assert result.returncode == 0 and result.stdout.endswith(b"\nrain\n") and result.stdout.count(b"\n") == 2
+
+
+def test_a_chat_without_input_ends():
+    result = subprocess.run(f"{sys.executable} {ROOT / 'generate.py'} --chat --quiet <&-", shell=True, capture_output=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, b"", b"")
+
+
+def test_a_question_that_is_refused_keeps_its_sounds(micro, clip):
+    result = chat("--quiet", clip, "--model", micro, "--max-new-tokens", "4000", lines=["x " * 200, "/quit"])
+    assert result.stderr.startswith("error: The prompt's ") and result.stdout == ""
+    again = chat("--quiet", clip, "--model", micro, "--max-new-tokens", "3900", lines=["x " * 200, "y", "/quit"])
+    assert again.stderr.startswith("error: The prompt's ") and len(again.stdout) > 1000
+
+
+def test_ctrl_c_at_the_prompt_gives_the_terminal_back(micro):
+    main, other = pty.openpty()
+    before = termios.tcgetattr(other)
+    process = subprocess.Popen([sys.executable, ROOT / "generate.py", "--chat", "--model", micro], stdin=other, stdout=other, stderr=other)
+    shown = b""
+    while b"> " not in shown:
+        shown += os.read(main, 1000)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) == 130 and termios.tcgetattr(other)[:4] == before[:4]
 
 
 def test_a_chat_may_start_with_a_question():
@@ -296,6 +425,11 @@ def test_prompts_from_a_file_keep_their_other_fields(run, clip, tmp_path):
     assert ["answer" in a for a in answers] == [True, True, False, False] and "gone.wav" in answers[2]["error"] and "2 '<sound>'" in answers[3]["error"]
 
 
+def test_a_mistyped_file_is_an_error_and_not_the_prompt(run, clip):
+    jobs = objects(run(clip, clip, "melodi.wav", "--max-new-tokens", 1)[1])
+    assert [job["prompt"] for job in jobs] == ["Transcribe the input speech."] * 3 and "melodi.wav: no such file" in jobs[2]["error"]
+
+
 @pytest.mark.parametrize("line", ["no JSON", "[]", '{"prompt": "Hi"}', '{"audio": 7}', '{"audio": "a.wav", "prompt": 7}', '{"audio": "a.wav", "answer": "mine"}'])
 def test_a_line_of_prompts_that_is_none_is_refused_before_any_work(run, tmp_path, line):
     (tmp_path / "in.jsonl").write_text('{"audio": "a.wav"}\n' + line)
@@ -307,9 +441,28 @@ def test_what_has_an_answer_is_left_out_and_what_has_an_error_tried_again(run, f
     whole = objects(run(folder, "Hi", "--max-new-tokens", 2)[1])
     earlier = tmp_path / "out.jsonl"
     earlier.write_text("\n".join(map(json.dumps, [whole[0], whole[2], whole[4]])) + "\n" + json.dumps(whole[5])[:-9])
-    again = objects(run(folder, "Hi", "--max-new-tokens", 2, "--resume", earlier)[1].lstrip("\n"))
+    again = objects(run(folder, "Hi", "--max-new-tokens", 2, "--resume", earlier)[1])
     assert [a["audio"] for a in again] == [whole[i]["audio"] for i in (0, 1, 3, 5)]
-    assert objects(run(folder, "Other", "--max-new-tokens", 2, "--resume", earlier)[1].lstrip("\n"))[0]["prompt"] == "Other"
+    assert objects(run(folder, "Other", "--max-new-tokens", 2, "--resume", earlier)[1])[0]["prompt"] == "Other"
+
+
+def test_an_output_cut_off_in_a_character_is_read_too(run, clip, tmp_path):
+    (tmp_path / "out.jsonl").write_bytes('{"audio": "x", "answer": "ü'.encode()[:-1])
+    assert len(objects(run(clip, "Hi", "--max-new-tokens", 1, "--resume", tmp_path / "out.jsonl")[1])) == 1
+
+
+def test_an_interrupted_run_leaves_whole_lines_and_can_be_resumed(folder, micro, tmp_path):
+    command = [sys.executable, ROOT / "generate.py", folder, "Hi", "--max-new-tokens", "300", "--batch-size", "1", "--model", micro, "--quiet", "--resume", tmp_path / "out.jsonl"]
+    with open(tmp_path / "out.jsonl", "a") as out:
+        process = subprocess.Popen(command, stdout=out)
+        while not out.tell() and not (tmp_path / "out.jsonl").stat().st_size:
+            pass
+        process.send_signal(signal.SIGINT)
+        assert process.wait() in (130, 0)
+        before = objects((tmp_path / "out.jsonl").read_text())
+        subprocess.run(command, stdout=out, check=True)
+    after = objects((tmp_path / "out.jsonl").read_text())
+    assert before and after[:len(before)] == before and len({job["audio"] for job in after if "answer" in job}) == 5
 
 
 def test_a_first_run_may_name_the_file_it_will_be_resumed_from(run, clip, tmp_path):
@@ -319,10 +472,18 @@ def test_a_first_run_may_name_the_file_it_will_be_resumed_from(run, clip, tmp_pa
     assert status == 0 and len(objects(out)) == 1
 
 
-def test_an_output_cut_off_in_a_line_can_be_appended_to(run, clip, tmp_path):
+def test_when_all_is_answered_no_model_is_loaded(run, clip, tmp_path, monkeypatch):
+    (tmp_path / "out.jsonl").write_text(run(clip, clip, "Hi", "--max-new-tokens", 1)[1].replace(clip, clip.replace("/clip.wav", "/./clip.wav")))
+    monkeypatch.setattr(ways, "model_and_options", None)
+    status, out, err = run(clip, clip, "Hi", "--max-new-tokens", 1, "--resume", tmp_path / "out.jsonl")
+    assert (status, out) == (0, "") and err.startswith("answered 0 of 0 (and 2 before)")
+
+
+def test_an_output_cut_off_in_a_line_can_be_appended_to(clip, micro, tmp_path):
     (tmp_path / "out.jsonl").write_text('{"audio": "x", "prom')
-    out = run(clip, "Hi", "--max-new-tokens", 1, "--resume", tmp_path / "out.jsonl")[1]
-    assert out.startswith("\n") and len(objects(out.lstrip("\n"))) == 1
+    with open(tmp_path / "out.jsonl", "a") as out:
+        subprocess.run([sys.executable, ROOT / "generate.py", clip, "Hi", "--max-new-tokens", "1", "--model", micro, "--resume", out.name], stdout=out, check=True)
+    assert [line[:10] for line in (tmp_path / "out.jsonl").read_text().splitlines()] == ['{"audio": ', '{"audio": ']
 
 
 def test_batches_are_of_like_length(processor, model, folder, monkeypatch, run):
@@ -343,9 +504,27 @@ def test_a_batch_that_does_not_fit_is_tried_one_by_one(run, folder, monkeypatch)
     assert sum("answer" in answer for answer in answers) == 5
 
 
+def test_a_sound_too_large_for_memory_is_one_jobs_error(run, folder, monkeypatch):
+    whole = AudioFlamingo3Processor.waveform
+    def waveform(self, audio, name="audio"):
+        if str(audio).endswith("3.wav"):
+            raise MemoryError("Unable to allocate 11.2 GiB")
+        return whole(self, audio, name)
+    monkeypatch.setattr(AudioFlamingo3Processor, "waveform", waveform)
+    answers = objects(run(folder, "Hi", "--max-new-tokens", 1)[1])
+    assert [answer["error"] for answer in answers if answer["audio"].endswith("3.wav")] == ["Unable to allocate 11.2 GiB"] and sum("answer" in a for a in answers) == 4
+
+
+def test_a_line_of_many_does_not_steer_a_terminal(run, clip, monkeypatch):
+    monkeypatch.setattr(AudioFlamingo3Processor, "batch_decode", lambda self, ids, **_: ["\x1b[2J\x9b\x7fü"] * len(ids))
+    out = run(clip, clip, "Hi", "--max-new-tokens", 1)[1]
+    assert "\\u001b[2J\\u009b\\u007fü" in out and objects(out)[0]["answer"] == "\x1b[2J\x9b\x7fü"
+
+
 @pytest.mark.parametrize("arguments, reason", [
     (["EMPTY"], "no sound files inside"), (["CLIP", "CLIP", "--batch-size", 0], "--batch-size is 0"), (["CLIP", "CLIP", "<|im_start|>x"], "The prompt starts with"),
-    (["--prompts", "gone.jsonl"], "gone.jsonl"), (["--explain", "EMPTY"], "--explain takes one sound file"), (["--explain"], "required: audio"), (["CLIP", "CLIP", "--chatty"], "--chatty")])
+    (["--prompts", "gone.jsonl"], "gone.jsonl"), (["--explain", "EMPTY"], "--explain takes one sound file"), (["--explain"], "required: audio"), (["CLIP", "CLIP", "--chatty"], "--chatty"), (["--prompts", "/dev/null"], "null: not a file"),
+    (["CLIP", "CLIP", "--max-new-tokens", 0], "max_new_tokens is 0"), (["CLIP", "--chat", "--explain"], "not allowed with"), (["CLIP", "--prompt", "Hi"], "--prompt")])
 def test_what_cannot_be_asked_gets_one_line_and_exit_status_2(run, clip, tmp_path, arguments, reason):
     (tmp_path / "empty").mkdir()
     status, out, err = run(*[{"CLIP": clip, "EMPTY": tmp_path / "empty"}.get(argument, argument) for argument in arguments])
@@ -372,7 +551,7 @@ def rows(out):
 def test_the_journey_shows_the_shapes_of_the_design(run, tmp_path):
     status, out, _ = run(put(tmp_path / "a.wav", 80000), "Hi", "--explain", "--max-new-tokens", 3)
     shapes = {name: shape for name, (shape, _) in rows(out).items()}
-    assert status == 0 and list(shapes) == ["waveform", "prompt", "log-mel", "conv1", "conv2", "2 encoder layers", "pool, LayerNorm",
+    assert status == 0 and list(shapes) == ["waveform", "log-mel", "prompt", "conv1", "conv2", "2 encoder layers", "pool, LayerNorm",
                                             "projector", "embedding", "splice", "2 decoder layers", "lm_head", "next token"]
     assert (shapes["waveform"], shapes["log-mel"], shapes["pool, LayerNorm"], shapes["projector"]) == ("(80000,)", "(1, 128, 3000)", "(1, 125, 32)", "(125, 48)")
     assert shapes["splice"] == shapes["embedding"] == f"{shapes['prompt'][:-1]}, 48)" and shapes["lm_head"] == "(1, 647)"
