@@ -238,8 +238,7 @@ class AudioFlamingo3Processor:
         if not (np.abs(samples) < 2.0 ** 32).all():  # of larger ones the mel power is infinite
             raise ValueError(f"{name}: audio holds NaN or infinite samples; finite ones, at most 1 in size, are expected.")
         if len(samples) > most:
-            seconds = len(samples) / SAMPLE_RATE
-            warnings.warn(f"{name}: {seconds:.1f} s of audio: only the first {most / SAMPLE_RATE:.1f} s are heard")
+            warnings.warn(f"{len(samples) / SAMPLE_RATE:.1f} s of audio: only the first {most / SAMPLE_RATE:.1f} s are heard")
         return torch.from_numpy(samples[:most])
 
     # Pieces are what a prompt is made of: plain text to encode, and ready ids. Text that spells a special token out stays

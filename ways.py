@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import chain
@@ -242,7 +243,10 @@ def answer_all(args: argparse.Namespace, names: list[str], prompt: str | None) -
         group, heard = jobs[at:at + 4 * args.batch_size], []
         for job in group:
             try:
-                heard.append((processor.waveform(job["audio"]), job))
+                with warnings.catch_warnings(record=True) as caught:
+                    heard.append((processor.waveform(job["audio"]), job))
+                for about in map(str, (warning.message for warning in caught)):
+                    warnings.warn(about if job["audio"] in about else f"{job['audio']}: {about}")
             except (ValueError, OSError, RuntimeError, MemoryError) as error:
                 job["error"] = one_line(error)
         heard.sort(key=lambda pair: len(pair[0]))

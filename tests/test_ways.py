@@ -515,6 +515,12 @@ def test_a_sound_too_large_for_memory_is_one_jobs_error(run, folder, monkeypatch
     assert [answer["error"] for answer in answers if answer["audio"].endswith("3.wav")] == ["Unable to allocate 11.2 GiB"] and sum("answer" in a for a in answers) == 4
 
 
+def test_a_warning_about_one_of_many_names_it(run, clip, tmp_path):
+    long = put(tmp_path / "long.wav", 601 * 16000)
+    err = run(clip, long, long, "<sound><sound>", "--max-new-tokens", 1, "--quiet")[2]
+    assert err == f"warning: {long}: 601.0 s of audio: only the first 600.0 s are heard\n" * 2
+
+
 def test_a_line_of_many_does_not_steer_a_terminal(run, clip, monkeypatch):
     monkeypatch.setattr(AudioFlamingo3Processor, "batch_decode", lambda self, ids, **_: ["\x1b[2J\x9b\x7fü"] * len(ids))
     out = run(clip, clip, "Hi", "--max-new-tokens", 1)[1]
