@@ -110,14 +110,13 @@ class Conversation:
         self.stopped, used, said = False, self.cache.used, None
         try:
             for said in self.model.stream(**question, cache=self.cache, **options):
+                used = self.cache.used
                 yield said
                 if self.stopped:
                     return
         finally:
-            self.stopped = True
-            if said is None:  # it failed: as if it had not been asked
-                self.cache.used = used
-            else:  # the last id was not fed; an id that ends a turn is replaced by the template's own
+            self.stopped, self.cache.used = True, used  # a step that failed is as if it had not been begun
+            if said is not None:  # and not fed; where it ends the turn, the template's own end stands for it
                 last = [id for id in said.tolist() if id not in self.processor.tokenizer.special]
                 self.unfed = [*last, self.processor.end, *self.processor.tokenizer.encode("\n")]
 
@@ -225,41 +224,44 @@ def answer_batch(batch: list[tuple[Tensor, dict]], processor: AudioFlamingo3Proc
     for one in batch if len(batch) > 1 else ():  # out here, where the failed batch's tensors have left memory
         answer_batch([one], processor, model, options)
 
+def load_sounds(jobs: list[dict], processor: AudioFlamingo3Processor) -> list[tuple[Tensor, dict]]:
+    """The jobs' sounds, the shortest first; a job whose sound cannot be heard gets its "error" instead."""
+    heard = []
+    for job in jobs:
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                heard.append((processor.waveform(job["audio"]), job))
+            for about in map(str, (warning.message for warning in caught)):
+                warnings.warn(about if job["audio"] in about else f"{job['audio']}: {about}")
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:
+            job["error"] = one_line(error)
+    return sorted(heard, key=lambda pair: len(pair[0]))
+
 def answer_all(args: argparse.Namespace, names: list[str], prompt: str | None) -> None:
     """The jobs with their answers as JSON lines, in the order asked. Of each few batches' sounds, those of like length go
     together, so that little is padded; one that cannot be answered has its "error", and the rest go on.
     """
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size is {args.batch_size}; at least 1 is expected.")
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # without a line end: what was printed are whole lines
+    if (size := args.batch_size) < 1:
+        raise ValueError(f"--batch-size is {size}; at least 1 is expected.")
     processor = AudioFlamingo3Processor.from_pretrained(args.model)
     asked = jobs = read_jobs(args.prompts, names, prompt or processor.default_transcription_prompt)
     if args.resume and os.path.exists(args.resume):
         jobs = leave_out_answered(asked, args.resume)
-    if jobs:
-        model, options = model_and_options(args)
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # without a line end: what was printed are whole lines
+    model, options = model_and_options(args) if jobs else (None, {})
     start, shown = time.perf_counter(), sys.stderr.isatty() and not args.quiet
-    for at in range(0, len(jobs), 4 * args.batch_size):
-        group, heard = jobs[at:at + 4 * args.batch_size], []
-        for job in group:
-            try:
-                with warnings.catch_warnings(record=True) as caught:
-                    heard.append((processor.waveform(job["audio"]), job))
-                for about in map(str, (warning.message for warning in caught)):
-                    warnings.warn(about if job["audio"] in about else f"{job['audio']}: {about}")
-            except (ValueError, OSError, RuntimeError, MemoryError) as error:
-                job["error"] = one_line(error)
-        heard.sort(key=lambda pair: len(pair[0]))
-        for first in range(0, len(heard), args.batch_size):
-            answer_batch(heard[first:first + args.batch_size], processor, model, options)
+    for at in range(0, len(jobs), 4 * size):
+        group = jobs[at:at + 4 * size]
+        heard = load_sounds(group, processor)
+        for first in range(0, len(heard), size):
+            answer_batch(heard[first:first + size], processor, model, options)
             if shown:
-                show_progress(at + len(group) - len(heard) + min(first + args.batch_size, len(heard)), len(jobs), start)
+                show_progress(at + len(group) - len(heard[first + size:]), len(jobs), start)
         print("\r\x1b[K" * shown, end="", file=sys.stderr, flush=True)
-        for job in group:
-            print(as_line(job), flush=True)
+        print(*map(as_line, group), sep="\n", flush=True)
     if not args.quiet:
-        answered, before = sum("answer" in job for job in jobs), len(asked) - len(jobs)
-        earlier = f" (and {before} before)" if before else ""
+        earlier = f" (and {len(asked) - len(jobs)} before)" if len(asked) > len(jobs) else ""
+        answered = sum("answer" in job for job in jobs)
         print(f"answered {answered} of {len(jobs)}{earlier} in {time.perf_counter() - start:.1f} s", file=sys.stderr)
 
 def show_progress(done: int, of: int, start: float) -> None:

@@ -302,6 +302,29 @@ def test_an_answer_that_is_stopped_stays_in_the_conversation(model, processor):
     assert list(answer) == [] and talk.unfed[0] == first
 
 
+@pytest.mark.parametrize("step", [1, 4])
+def test_a_step_that_fails_is_as_if_it_had_not_been_begun(model, processor, monkeypatch, step):
+    """Out of memory in the first step, or in a later one: the next question is answered as if no failure had been."""
+    def talk_of(fails):
+        talk, calls, forward = ways.Conversation(processor, model), [], type(model.language_model.model.layers[1]).forward
+        list(talk.answer(talk.question("One?", [sound(20000)]), max_new_tokens=3, eos_token_id=[]))
+        def failing(self, *given):
+            calls.append(1)
+            if fails and len(calls) == 2 * step:  # the second of two layers
+                raise RuntimeError("out of memory")
+            return forward(self, *given)
+        said = []
+        with monkeypatch.context() as patch:
+            patch.setattr(type(model.language_model.model.layers[1]), "forward", failing)
+            try:
+                for ids in talk.answer(talk.question("Two?"), max_new_tokens=step - (not fails), eos_token_id=[]) if fails or step > 1 else ():
+                    said.append(ids)
+            except RuntimeError:
+                assert fails
+        return said, list(talk.answer(talk.question("Three?"), max_new_tokens=8, eos_token_id=[]))
+    assert talk_of(True) == talk_of(False)
+
+
 def test_what_is_forgotten_changes_nothing(model, processor):
     talk, new = ways.Conversation(processor, model), ways.Conversation(processor, model)
     list(talk.answer(talk.question("One?", [sound(20000)]), max_new_tokens=9))
