@@ -1,6 +1,6 @@
 """How much faster many sounds are answered together than one by one, and a second question than the first.
 
-    python tests/throughput.py [FOLDER of recordings] [--clips 200] [--model tiny]
+    python tests/throughput.py [FOLDER of recordings] [--clips 200] [--model tiny] [--max-new-tokens 64]
 
 Writes clips of 0.5 to 30 s, made of the folder's recordings laid end to end, or else of noise and tones; answers them all
 with generate.py at several batch sizes, and some of them with one run of generate.py each. Then two minutes of sound are
@@ -38,10 +38,11 @@ def clip(recordings: list[Path], seconds: float, choose: random.Random) -> np.nd
     return np.concatenate(pieces)[:round(seconds * SAMPLE_RATE)]
 
 
-def generate(model: str, *arguments, **options) -> tuple[float, str]:
+def generate(args: argparse.Namespace, *arguments, **options) -> tuple[float, str]:
     """Seconds of a whole run of generate.py, and its stderr."""
     start = time.perf_counter()
-    command = [sys.executable, str(ROOT / "generate.py"), "--model", model, *map(str, arguments)]
+    command = [sys.executable, ROOT / "generate.py", "--model", args.model, "--max-new-tokens", args.max_new_tokens, *arguments]
+    command = list(map(str, command))
     result = subprocess.run(command, capture_output=True, text=True, check=True, **options)
     return time.perf_counter() - start, result.stderr
 
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--clips", type=int, default=200)
     parser.add_argument("--model", default=str(ROOT / "tiny"))
+    parser.add_argument("--max-new-tokens", type=int, default=64)
     args = parser.parse_args()
     recordings = sorted(args.folder.rglob("*.wav")) if args.folder else []
     choose = random.Random(0)
@@ -59,14 +61,14 @@ def main() -> None:
         seconds = sum(path.stat().st_size for path in clips) / 2 / SAMPLE_RATE
         print(f"{args.clips} clips of 0.5 to 30 s, {seconds:.0f} s together\n\n| | clips a second |\n|---|---|", flush=True)
         some = clips[::20]
-        each = sum(generate(args.model, path, "What sound is this?", "--quiet")[0] for path in some) / len(some)
+        each = sum(generate(args, path, "What sound is this?", "--quiet")[0] for path in some) / len(some)
         print(f"| a run of generate.py each ({len(some)} of them) | {1 / each:.2f} |", flush=True)
         for size in (1, 2, 4, 8, 16):
-            took, err = generate(args.model, work, "What sound is this?", "--batch-size", size)
+            took, err = generate(args, work, "What sound is this?", "--batch-size", size)
             answering = float(re.search(r" in ([\d.]+) s", err)[1])
             print(f"| one run, --batch-size {size} | {args.clips / took:.2f} ({args.clips / answering:.2f} without its start) |", flush=True)
         long = write(Path(work, "two_minutes.wav"), clip(recordings, 120, choose))
-        _, err = generate(args.model, "--chat", long, input="What sound is this?\nWhat sound is this?\n/quit\n")
+        _, err = generate(args, "--chat", long, input="What sound is this?\nWhat sound is this?\n/quit\n")
         first, second = (float(found) for found in re.findall(r"the first after ([\d.]+) s", err))
         print(f"\nfirst token of two questions on two minutes of sound: {first:.2f} s, {second:.3f} s, {second / first:.1%}")
 
