@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import termios
+import time
 import weakref
 
 import pytest
@@ -587,8 +588,9 @@ def test_the_journey_shows_the_shapes_of_the_design(run, tmp_path):
 
 
 def test_the_journeys_times_are_positive_and_add_up_to_less_than_the_run(run, tmp_path):
-    times = [ms for _, ms in rows(run(put(tmp_path / "a.wav", 480000), "Hi", "--explain", "--max-new-tokens", 1)[1]).values()]
-    assert len(times) == 13 and min(times) > 0 and sum(times) < 60000
+    path, start = put(tmp_path / "a.wav", 480000), time.perf_counter()
+    times = [ms for _, ms in rows(run(path, "Hi", "--explain", "--max-new-tokens", 1)[1]).values()]
+    assert len(times) == 13 and min(times) > 0 and sum(times) < 1000 * (time.perf_counter() - start)
 
 
 def test_the_journey_ends_in_the_same_answer(run, clip):
@@ -615,9 +617,12 @@ def test_a_terminal_of_256_colours_gets_colours():
     assert "\x1b[38;5;" in drawn and drawn.count("\n") == 16 and drawn.splitlines()[0].endswith("\x1b[0m|")
 
 
-def test_without_explain_nothing_is_watched(run, clip, model):
-    run(clip, "Hi", "--max-new-tokens", 1)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+@pytest.mark.parametrize("flag, status", [("--quiet", 0), ("--explain", 2)])
+def test_without_explain_nothing_is_watched(run, clip, monkeypatch, flag, status):
+    def watch(*_, **__):
+        raise RuntimeError("watched")
+    monkeypatch.setattr(torch.nn.Module, "register_forward_hook", watch)
+    assert run(clip, "Hi", "--max-new-tokens", 1, flag)[0] == status
 
 
 def test_help_names_every_way():
