@@ -334,10 +334,10 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
         finished = torch.zeros(rows, dtype=torch.bool, device=x.device)
         for step in range(options.max_new_tokens):
             if step:
+                cache.seen.scatter_(1, token_ids[:, None], True)
                 logits = self.decode_one_token(token_ids, cache)
             token_ids = next_token(logits.float(), cache.seen, options).masked_fill(finished, options.pad_token_id)
             yield token_ids
-            cache.seen.scatter_(1, token_ids[:, None], True)
             finished |= torch.isin(token_ids, ends)
             if bool(finished.all()):
                 return

@@ -341,8 +341,8 @@ class AudioFlamingo3Processor:
     def apply_transcription_request(self, audio, prompt: str | list[str] | None = None, **options) -> Batch:
         """`__call__` with "Transcribe the input speech." or `prompt` for each audio, a file or a waveform; see there."""
         audios = [audio] if is_one_sound(audio) else list(audio)
-        texts = prompt if isinstance(prompt, list) else [prompt or self.default_transcription_prompt] * len(audios)
-        return self(texts, audios, **options)
+        asked = self.default_transcription_prompt if prompt is None else prompt
+        return self(asked if isinstance(asked, list) else [asked] * len(audios), audios, **options)
 
     def stream_text(self, steps: Iterable[Tensor]) -> Iterator[str]:
         """The text that each of `model.stream`'s steps adds to its first row; a character waits for its last byte."""

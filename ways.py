@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import chain
@@ -43,6 +44,8 @@ def merge_adapter(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
         given = {**torch.load(path, map_location="cpu", weights_only=True)}
     with reading(path := adapter / "adapter_model.safetensors"):
         given |= load_file(path)
+        if odd := [name for name, tensor in given.items() if not tensor.is_floating_point()]:
+            raise ValueError(f"{adapter}: floating point is expected of {', '.join(odd)}.")
         tensors = {model_name(name): tensor for name, tensor in given.items()}
         for name, weight in model.state_dict().items():
             factors = [name.removesuffix("weight") + f"lora_{factor}.weight" for factor in "AB"]
@@ -86,7 +89,7 @@ class Conversation:
 
     def __init__(self, processor: AudioFlamingo3Processor, model: AudioFlamingo3ForConditionalGeneration):
         config = model.config.text_config
-        self.processor, self.model, self.stopped = processor, model, True
+        self.processor, self.model, self.stopped = processor, model, False
         self.cache = KeyValueCache(config, 1, config.max_position_embeddings, model.dtype, model.device)
         self.forget()
 
@@ -107,7 +110,7 @@ class Conversation:
 
     def answer(self, question: Batch, **options) -> Iterator[Tensor]:
         """The answer's ids, each (1,), as soon as they are known; setting `stopped` ends it early. Options as `generate`'s."""
-        self.stopped, used, said = False, self.cache.used, None
+        used, said = self.cache.used, None
         try:
             for said in self.model.stream(**question, cache=self.cache, **options):
                 used = self.cache.used
@@ -115,21 +118,24 @@ class Conversation:
                 if self.stopped:
                     return
         finally:
-            self.stopped, self.cache.used = True, used  # a step that failed is as if it had not been begun
+            self.stopped, self.cache.used = False, used  # a step that failed is as if it had not been begun
             if said is not None:  # and not fed; where it ends the turn, the template's own end stands for it
                 last = [id for id in said.tolist() if id not in self.processor.tokenizer.special]
                 self.unfed = [*last, self.processor.end, *self.processor.tokenizer.encode("\n")]
 
 def chat(args: argparse.Namespace, names: list[str], prompt: str | None) -> None:
-    """A conversation in the terminal: a line is a question. Ctrl-C ends an answer, and where none is given the conversation."""
+    """A conversation in the terminal: a line is a question. Ctrl-C ends an answer; a second one, or one where a line is
+    awaited, ends the conversation.
+    """
     with suppress(ImportError):  # not on Windows
         import readline  # noqa: F401  with it input() has a history
     processor = AudioFlamingo3Processor.from_pretrained(args.model)
     sounds = [processor.waveform(name) for name in names]
     model, options = model_and_options(args)
     talk = Conversation(processor, model)
+    waiting = False
     def interrupt(*_) -> None:
-        if talk.stopped:
+        if waiting or talk.stopped:
             raise KeyboardInterrupt  # not os._exit: readline has to give the terminal back
         talk.stopped = True
     signal.signal(signal.SIGINT, interrupt)
@@ -140,7 +146,9 @@ def chat(args: argparse.Namespace, names: list[str], prompt: str | None) -> None
     shown = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
     while True:
         try:
+            waiting = True
             line, prompt = prompt or input(shown).strip(), None
+            waiting = talk.stopped = False
             command, name = [*line.split(None, 1), "", ""][:2]
             if command == "/quit":
                 return
@@ -202,12 +210,18 @@ def as_line(job: dict) -> str:
 
 def leave_out_answered(jobs: list[dict], path: str) -> list[dict]:
     """The jobs that the JSON lines in `path` have no answer to."""
-    answered = {key(job) for job in read_objects(path) if "answer" in job and isinstance(job.get("audio"), str)}
+    answered = Counter(key(job) for job in read_objects(path) if "answer" in job and isinstance(job.get("audio"), str))
     with suppress(OSError):  # stdout is no file
         with open(path, "rb") as file:
             if os.path.sameopenfile(file.fileno(), sys.stdout.fileno()) and file.read()[-1:] not in (b"", b"\n"):
                 print()  # what is appended must not go on in a line that was cut off
-    return [job for job in jobs if key(job) not in answered]
+    left = []
+    for job in jobs:  # one that is asked twice wants two answers
+        if answered[key(job)]:
+            answered[key(job)] -= 1
+        else:
+            left.append(job)
+    return left
 
 def answer_batch(batch: list[tuple[Tensor, dict]], processor: AudioFlamingo3Processor, model: nn.Module, options: dict) -> None:
     """Gives each job its "answer", or its "error": where a batch fails each is tried alone, so that none spoils another."""
@@ -245,7 +259,7 @@ def answer_all(args: argparse.Namespace, names: list[str], prompt: str | None) -
     if (size := args.batch_size) < 1:
         raise ValueError(f"--batch-size is {size}; at least 1 is expected.")
     processor = AudioFlamingo3Processor.from_pretrained(args.model)
-    asked = jobs = read_jobs(args.prompts, names, prompt or processor.default_transcription_prompt)
+    asked = jobs = read_jobs(args.prompts, names, processor.default_transcription_prompt if prompt is None else prompt)
     if args.resume and os.path.exists(args.resume):
         jobs = leave_out_answered(asked, args.resume)
     model, options = model_and_options(args) if jobs else (None, {})
@@ -345,7 +359,7 @@ def explain(args: argparse.Namespace, names: list[str], prompt: str | None) -> N
     journey.clock, ids = time.perf_counter(), inputs["input_ids"]
     features, mask = feature_batch(waveform.split(N_SAMPLES))
     journey.reach("log-mel", features.shape, f"{int(mask.sum())} mel frames of 10 ms, padded to whole windows")
-    processor(prompt or processor.default_transcription_prompt)
+    processor(processor.default_transcription_prompt if prompt is None else prompt)
     slots = int((ids == processor.audio_token_id).sum())
     journey.reach("prompt", ids.shape, f"ids in the chat template, {slots} of them <sound>")
     model, options = model_and_options(args)

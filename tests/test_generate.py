@@ -53,6 +53,11 @@ def test_a_prompt_may_come_after_an_option(run, clip):
     assert said[0] == said[1]
 
 
+def test_an_empty_prompt_is_asked_as_it_is(run, clip):
+    said = [run(clip, *prompt, "--max-new-tokens", 8, "--quiet")[1] for prompt in ([""], [], ["Transcribe the input speech."])]
+    assert said[0] != said[1] == said[2]
+
+
 def test_a_seed_makes_sampling_repeatable(run, clip):
     said = [run(clip, "Hi", "--sample", "--temperature", 2, "--max-new-tokens", 20, "--seed", seed, "--quiet")[1] for seed in (1, 1, 2)]
     assert said[0] == said[1] != said[2]

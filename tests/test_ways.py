@@ -2,6 +2,8 @@
 import json
 import os
 import pty
+import re
+import select
 import shutil
 import signal
 import subprocess
@@ -132,7 +134,8 @@ Q_PROJ = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A
 
 @pytest.mark.parametrize("file, change", [
     ("adapter_model.safetensors", {Q_PROJ: torch.zeros(0, 48)}), ("adapter_model.safetensors", {Q_PROJ: torch.zeros(())}),
-    ("adapter_model.safetensors", {Q_PROJ: torch.zeros(3, 48)}), ("non_lora_trainables.bin", {5: torch.zeros(1)}),
+    ("adapter_model.safetensors", {Q_PROJ: torch.zeros(3, 48)}), ("adapter_model.safetensors", {Q_PROJ: torch.zeros(2, 48, dtype=torch.complex64)}),
+    ("adapter_model.safetensors", {Q_PROJ: torch.zeros(2, 48, dtype=torch.int64)}), ("non_lora_trainables.bin", {5: torch.zeros(1)}),
     ("non_lora_trainables.bin", {"multi_modal_projector.linear_2.weight": "words"}), ("non_lora_trainables.bin", {"multi_modal_projector.linear_1.bias": 7})])
 def test_a_damaged_adapter_is_refused_by_file(thinking, file, change):
     path = thinking / "think" / file
@@ -258,6 +261,14 @@ def test_a_follow_up_gives_the_logits_of_the_whole_conversation_in_one_piece(mod
     assert torch.equal(torch.cat(list(talk.answer(new, max_new_tokens=16, **options))), alone)
 
 
+def test_an_end_that_is_not_kept_is_not_penalised_later(model, processor, monkeypatch):
+    talk, end = ways.Conversation(processor, model), processor.tokenizer.added["<|endoftext|>"]
+    monkeypatch.setattr("af3.next_token", lambda *_: torch.tensor([end]))
+    list(talk.answer(talk.question("One?"), eos_token_id=[end]))
+    list(talk.answer(talk.question("Two?"), max_new_tokens=1, eos_token_id=[]))
+    assert not talk.cache.seen[0, end] and talk.cache.seen[0, processor.end]
+
+
 def test_no_sound_is_heard_twice(model, processor, monkeypatch):
     talk, heard, encode = ways.Conversation(processor, model), [], model.audio_tower.forward
     monkeypatch.setattr(model.audio_tower, "forward", lambda *features: heard.append(len(features[0])) or encode(*features))
@@ -345,6 +356,13 @@ def chat(*arguments, lines, **options):
     return command("--chat", *arguments, input="\n".join(lines) + "\n", **options)
 
 
+def read_until(terminal, pattern):
+    shown = b""
+    while not re.search(pattern, shown, re.DOTALL):
+        assert select.select([terminal], [], [], 60)[0], shown
+        shown += os.read(terminal, 1000)
+
+
 def test_a_chat_in_the_terminal_answers_each_line(tmp_path):
     rain, digits = TINY / "samples" / "rain.wav", TINY / "samples" / "digits.wav"
     result = chat(digits, lines=["Transcribe the input speech.", f"/audio {rain}", "What sound is this?", "/reset", f"/audio {digits}", "Transcribe the input speech.", "/quit", "never"])
@@ -382,9 +400,7 @@ def test_ctrl_c_at_the_prompt_gives_the_terminal_back(micro):
     main, other = pty.openpty()
     before = termios.tcgetattr(other)
     process = subprocess.Popen([sys.executable, ROOT / "generate.py", "--chat", "--model", micro], stdin=other, stdout=other, stderr=other)
-    shown = b""
-    while b"> " not in shown:
-        shown += os.read(main, 1000)
+    read_until(main, b"> ")
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=20) == 130 and termios.tcgetattr(other)[:4] == before[:4]
 
@@ -406,6 +422,21 @@ def test_ctrl_c_ends_an_answer_and_then_the_chat(clip, micro):
     assert b"gone.wav" in process.stderr.readline() and process.poll() is None
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=20) == 130 and process.stdout.read().endswith(b"\n")
+
+
+def test_ctrl_c_right_after_a_question_ends_only_its_answer(micro, tmp_path):
+    """While its sounds, two minutes of them, are still on their way to the first token."""
+    main, other = pty.openpty()
+    process = subprocess.Popen([sys.executable, ROOT / "generate.py", "--chat", put(tmp_path / "long.wav", 120 * 16000), "--model", micro, "--max-new-tokens", "900"],
+                               stdin=other, stdout=other, stderr=other)
+    read_until(main, b"> ")
+    os.write(main, b"What?\n")
+    read_until(main, rb"What\?")
+    time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    read_until(main, b"said .*> ")
+    os.write(main, b"/quit\n")
+    assert process.wait(timeout=20) == 0
 
 
 # ---- Many sounds ----
@@ -487,6 +518,12 @@ def test_an_interrupted_run_leaves_whole_lines_and_can_be_resumed(folder, micro,
         subprocess.run(command, stdout=out, check=True)
     after = objects((tmp_path / "out.jsonl").read_text())
     assert before and after[:len(before)] == before and len({job["audio"] for job in after if "answer" in job}) == 5
+
+
+def test_what_is_asked_twice_is_answered_twice(run, clip, tmp_path):
+    once = run(clip, clip, "Hi", "--max-new-tokens", 1)[1].splitlines()[0]
+    (tmp_path / "out.jsonl").write_text(once + "\n")
+    assert len(objects(run(clip, clip, "Hi", "--max-new-tokens", 1, "--resume", tmp_path / "out.jsonl")[1])) == 1
 
 
 def test_a_first_run_may_name_the_file_it_will_be_resumed_from(run, clip, tmp_path):
