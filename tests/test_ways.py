@@ -401,6 +401,7 @@ def test_ctrl_c_at_the_prompt_gives_the_terminal_back(micro):
     before = termios.tcgetattr(other)
     process = subprocess.Popen([sys.executable, ROOT / "generate.py", "--chat", "--model", micro], stdin=other, stdout=other, stderr=other)
     read_until(main, b"> ")
+    time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=20) == 130 and termios.tcgetattr(other)[:4] == before[:4]
 
@@ -420,6 +421,7 @@ def test_ctrl_c_ends_an_answer_and_then_the_chat(clip, micro):
     process.stdin.write(b"/audio gone.wav\n")
     process.stdin.flush()
     assert b"gone.wav" in process.stderr.readline() and process.poll() is None
+    time.sleep(0.5)  # until it awaits the next line
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=20) == 130 and process.stdout.read().endswith(b"\n")
 
