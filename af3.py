@@ -288,9 +288,10 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
         heard = input_features is not None
         frames = self.get_audio_features(input_features, feature_attention_mask) if heard else input_ids.new_empty(0)
         x = self.splice(input_ids.gather(1, source), frames)
-        part = 1024 if cache is not None and cache.used else x.shape[1]  # a past asks for a mask, tokens x slots
-        states = [self.language_model.model(*parts, cache) for parts in zip(x.split(part, 1), real.split(part, 1))]
-        return torch.cat(states, 1), real, source
+        if cache is None or not cache.used:
+            return self.language_model.model(x, real, cache), real, source
+        parts = zip(x.split(1024, 1), real.split(1024, 1))  # after a past there is a mask, tokens x slots: small in parts
+        return torch.cat([self.language_model.model(*part, cache) for part in parts], 1), real, source
 
     def decode_one_token(self, token_ids: Tensor, cache: KeyValueCache) -> Tensor:
         """Logits (B, V) after one more token a row, (B,). A `<sound>` the model itself said is an id like any other."""

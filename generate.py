@@ -24,8 +24,7 @@ from af3 import AudioFlamingo3ForConditionalGeneration, GenerationConfig
 from load_weights import load_model
 from processor import AudioFlamingo3Processor
 
-# what steers a terminal is shown, not sent
-VISIBLE = {c: f"\\x{c:02x}" for c in (*range(9), *range(11, 32), *range(127, 160))}
+VISIBLE = {c: f"\\x{c:02x}" for c in (*range(9), *range(11, 32), *range(127, 160))}  # shown, not sent to a terminal
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -55,6 +54,11 @@ def make_parser() -> argparse.ArgumentParser:
 def one_line(message: object) -> str:
     return " ".join(str(message).split()).translate(VISIBLE)
 
+def plain(prompt: str | None) -> str | None:
+    if (prompt or "").startswith("<|im_start|>"):  # which the processor would take for a finished template
+        raise ValueError("The prompt starts with <|im_start|>; ask in plain words.")
+    return prompt
+
 def model_and_options(args: argparse.Namespace) -> tuple[AudioFlamingo3ForConditionalGeneration, dict]:
     if args.seed is not None:
         torch.manual_seed(args.seed % 2**64)
@@ -74,10 +78,8 @@ def say(processor: AudioFlamingo3Processor, steps: Iterator[torch.Tensor], heard
         print(f"{heard}said {len(times)} tokens: the first after {times[0]:.2f} s{rate}", file=sys.stderr)
 
 def answer(args: argparse.Namespace) -> None:
-    if (args.prompt or "").startswith("<|im_start|>"):
-        raise ValueError("The prompt starts with <|im_start|>; ask in plain words.")
     processor = AudioFlamingo3Processor.from_pretrained(args.model)
-    inputs = processor.apply_transcription_request(args.audio, args.prompt)
+    inputs = processor.apply_transcription_request(args.audio, plain(args.prompt))
     mask, frames = inputs["feature_attention_mask"], int((inputs["input_ids"] == processor.audio_token_id).sum())
     heard = f"heard {int(mask.sum()) / 100:.1f} s: {len(mask)} window{'s' * (len(mask) > 1)}, {frames} audio frames\n"
     model, options = model_and_options(args)

@@ -23,8 +23,7 @@ FIXED = {"activation_function": "gelu", "hidden_act": "silu", "projector_hidden_
          "rope_scaling": None, "num_mel_bins": 128, "max_source_positions": 1500}
 OLDER_KEYS = {"d_model": "hidden_size", "encoder_layers": "num_hidden_layers", "encoder_ffn_dim": "intermediate_size",
               "encoder_attention_heads": "num_attention_heads"}
-# how a tensor's name begins in files of peft, of transformers 5 and of the original layout -> how it then begins; in turn,
-# until it is the model's
+# how names begin in files of peft, transformers 5 and the original layout -> how they then do; in turn, until the model's
 SPELLINGS = {"base_model.model.": "", "model.language_model.": "language_model.model.", "model.": "",
              "lm_head.": "language_model.lm_head.", "llm.": "language_model.", "sound_tower.": "audio_tower.",
              "audio_tower.audio_tower.": "audio_tower.", "sound_mm_projector.": "multi_modal_projector.",
@@ -84,12 +83,10 @@ def named_ids(folder: Path, ids: dict[str, int]) -> dict[str, int]:
 def known_fields(cls: type, section: dict) -> dict:
     return {f.name: section[f.name] for f in fields(cls) if section.get(f.name) is not None}
 
-def read_section(cls: type, name: str, path: Path):
-    """An instance of a configuration dataclass from config.json or its section `name`, in either spelling of the keys."""
-    whole = read_json(path)
+def read_section(cls: type, section: dict, path: Path):
+    """An instance of a configuration dataclass from its section of config.json, in either spelling of the keys."""
     with reading(path):
-        section = whole | (whole.get(name) or {})
-        section |= section.get("rope_parameters") or {}
+        section = section | (section.get("rope_parameters") or {})
     for key, value in FIXED.items():
         if section.get(key, value) != value:
             raise ValueError(f"{path}: {key} is {section[key]!r}; only {value!r} is supported.")
@@ -109,10 +106,13 @@ def read_config(folder: Path, ids: dict[str, int]) -> AudioFlamingo3Config:
     config = read_json(path)
     if config.get("model_type") not in ("audioflamingo3", "llava_llama"):  # hub, original
         raise ValueError(f"{path}: model_type is {config.get('model_type')!r}; an audioflamingo3 checkpoint is expected.")
-    audio_part, text_part = ("sound_tower", "llm") if (folder / "llm").is_dir() else ("", "")
-    audio = read_section(AudioFlamingo3EncoderConfig, "audio_config", folder / audio_part / "config.json")
-    path = folder / text_part / "config.json"
-    text = read_section(Qwen2Config, "text_config", path)
+    if (folder / "llm").is_dir():
+        audio_path, path = folder / "sound_tower" / "config.json", folder / "llm" / "config.json"
+        audio, text = read_json(audio_path), read_json(path)
+    else:
+        with reading(audio_path := path):
+            audio, text = (config | (config.get(name) or {}) for name in ("audio_config", "text_config"))
+    audio, text = read_section(AudioFlamingo3EncoderConfig, audio, audio_path), read_section(Qwen2Config, text, path)
     sound = config.get("audio_token_id", ids.get("<sound>"))
     if (text.vocab_size, sound) != (len(ids), ids.get("<sound>")) or {*ids.values()} != {*range(len(ids))}:
         raise ValueError(f"{path}: vocab_size is {text.vocab_size} and <sound> is {sound}; "

@@ -200,10 +200,11 @@ class Batch(dict):
         return Batch({name: x.to(device, dtype if x.is_floating_point() else None) for name, x in self.items()})
 
 class AudioFlamingo3Processor:
+    audio_token, default_transcription_prompt = "<sound>", "Transcribe the input speech."
+
     def __init__(self, tokenizer: Tokenizer, max_audio_len: int = 600):
         self.tokenizer, self.most_samples = tokenizer, max(1, max_audio_len // WINDOW_SECONDS) * N_SAMPLES
         self.feature_extractor = SimpleNamespace(sampling_rate=SAMPLE_RATE, chunk_length=WINDOW_SECONDS)
-        self.audio_token, self.default_transcription_prompt = "<sound>", "Transcribe the input speech."
         self.start, self.end = tokenizer.added["<|im_start|>"], tokenizer.added["<|im_end|>"]
         self.audio_token_id = tokenizer.added[self.audio_token]
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from af3 import AudioFlamingo3ForConditionalGeneration, KeyValueCache, frame_counts
-from generate import make_parser, model_and_options, one_line, say
+from generate import make_parser, model_and_options, one_line, plain, say
 from load_weights import model_name, read_json, reading
 from processor import N_SAMPLES, SAMPLE_RATE, AudioFlamingo3Processor, Batch, feature_batch
 
@@ -210,18 +210,20 @@ def as_line(job: dict) -> str:
 
 def leave_out_answered(jobs: list[dict], path: str) -> list[dict]:
     """The jobs that the JSON lines in `path` have no answer to."""
-    answered = Counter(key(job) for job in read_objects(path) if "answer" in job and isinstance(job.get("audio"), str))
-    with suppress(OSError):  # stdout is no file
-        with open(path, "rb") as file:
-            if os.path.sameopenfile(file.fileno(), sys.stdout.fileno()) and file.read()[-1:] not in (b"", b"\n"):
-                print()  # what is appended must not go on in a line that was cut off
-    left = []
+    answered, left = Counter(key(job) for job in read_objects(path) if "answer" in job and isinstance(job.get("audio"), str)), []
     for job in jobs:  # one that is asked twice wants two answers
-        if answered[key(job)]:
-            answered[key(job)] -= 1
+        if answered[found := key(job)]:
+            answered[found] -= 1
         else:
             left.append(job)
     return left
+
+def end_cut_line(path: str) -> None:
+    """Where stdout is the file `path`, a line that was cut off there is ended, so that nothing is appended to it."""
+    with suppress(OSError), open(path, "rb") as file:  # OSError: stdout is no file, or this one is empty
+        file.seek(-1, os.SEEK_END)
+        if os.path.sameopenfile(file.fileno(), sys.stdout.fileno()) and file.read() != b"\n":
+            print()
 
 def answer_batch(batch: list[tuple[Tensor, dict]], processor: AudioFlamingo3Processor, model: nn.Module, options: dict) -> None:
     """Gives each job its "answer", or its "error": where a batch fails each is tried alone, so that none spoils another."""
@@ -235,8 +237,9 @@ def answer_batch(batch: list[tuple[Tensor, dict]], processor: AudioFlamingo3Proc
         reason = one_line(error)
     if len(batch) == 1:
         batch[0][1]["error"] = reason
-    for one in batch if len(batch) > 1 else ():  # out here, where the failed batch's tensors have left memory
-        answer_batch([one], processor, model, options)
+    else:
+        for one in batch:  # out here, where the failed batch's tensors have left memory
+            answer_batch([one], processor, model, options)
 
 def load_sounds(jobs: list[dict], processor: AudioFlamingo3Processor) -> list[tuple[Tensor, dict]]:
     """The jobs' sounds, the shortest first; a job whose sound cannot be heard gets its "error" instead."""
@@ -251,7 +254,7 @@ def load_sounds(jobs: list[dict], processor: AudioFlamingo3Processor) -> list[tu
             job["error"] = one_line(error)
     return sorted(heard, key=lambda pair: len(pair[0]))
 
-def answer_all(args: argparse.Namespace, names: list[str], prompt: str | None) -> None:
+def answer_all(args: argparse.Namespace, names: list[str], prompt: str) -> None:
     """The jobs with their answers as JSON lines, in the order asked. Of each few batches' sounds, those of like length go
     together, so that little is padded; one that cannot be answered has its "error", and the rest go on.
     """
@@ -259,9 +262,10 @@ def answer_all(args: argparse.Namespace, names: list[str], prompt: str | None) -
     if (size := args.batch_size) < 1:
         raise ValueError(f"--batch-size is {size}; at least 1 is expected.")
     processor = AudioFlamingo3Processor.from_pretrained(args.model)
-    asked = jobs = read_jobs(args.prompts, names, processor.default_transcription_prompt if prompt is None else prompt)
+    asked = jobs = read_jobs(args.prompts, names, prompt)
     if args.resume and os.path.exists(args.resume):
         jobs = leave_out_answered(asked, args.resume)
+        end_cut_line(args.resume)
     model, options = model_and_options(args) if jobs else (None, {})
     start, shown = time.perf_counter(), sys.stderr.isatty() and not args.quiet
     for at in range(0, len(jobs), 4 * size):
@@ -347,7 +351,7 @@ def picture(features: Tensor, mel_frames: list[int], columns: int, coloured: boo
         labels.append(next(fitting).center(width, "-"))
     return "\n".join([*lines, "|".join(["", *labels, ""])])
 
-def explain(args: argparse.Namespace, names: list[str], prompt: str | None) -> None:
+def explain(args: argparse.Namespace, names: list[str], prompt: str) -> None:
     """Prints this very sound's journey to the first token, its log-mel, and the answer."""
     if len(names) != 1 or os.path.isdir(names[0]):
         raise ValueError("--explain takes one sound file.")
@@ -355,11 +359,11 @@ def explain(args: argparse.Namespace, names: list[str], prompt: str | None) -> N
     journey = Journey()
     waveform = processor.waveform(names[0])
     journey.reach("waveform", waveform.shape, f"samples, {SAMPLE_RATE} a second: {len(waveform) / SAMPLE_RATE:.2f} s")
-    inputs = processor.apply_transcription_request(waveform, prompt)  # log-mel and ids; now each alone, for its time
+    inputs = processor(prompt, waveform)  # log-mel and ids; now each alone, for its time
     journey.clock, ids = time.perf_counter(), inputs["input_ids"]
     features, mask = feature_batch(waveform.split(N_SAMPLES))
     journey.reach("log-mel", features.shape, f"{int(mask.sum())} mel frames of 10 ms, padded to whole windows")
-    processor(processor.default_transcription_prompt if prompt is None else prompt)
+    processor(prompt)
     slots = int((ids == processor.audio_token_id).sum())
     journey.reach("prompt", ids.shape, f"ids in the chat template, {slots} of them <sound>")
     model, options = model_and_options(args)
@@ -374,12 +378,6 @@ def explain(args: argparse.Namespace, names: list[str], prompt: str | None) -> N
     say(processor, chain([first], steps), None)
 
 # ---- The command line ----
-def plain(prompt: str) -> str:
-    """The prompt, unless the processor would take it for a finished template."""
-    if prompt.startswith("<|im_start|>"):
-        raise ValueError("The prompt starts with <|im_start|>; ask in plain words.")
-    return prompt
-
 def main() -> None:
     parser = make_parser()
     add = parser.add_argument
@@ -403,7 +401,8 @@ def main() -> None:
         if args.chat:
             chat(args, words, prompt)
         else:
-            (explain if args.explain else answer_all)(args, words, prompt and plain(prompt))
+            prompt = AudioFlamingo3Processor.default_transcription_prompt if prompt is None else plain(prompt)
+            (explain if args.explain else answer_all)(args, words, prompt)
     except KeyboardInterrupt:
         os._exit(os.write(1, b"\n") and 130)
     except EOFError:  # the end of the input ends a conversation

@@ -13,7 +13,7 @@ sys.path[:0] = [str(ROOT), str(TESTS)]
 import generate
 from af3 import AudioFlamingo3ForConditionalGeneration
 from processor import AudioFlamingo3Processor
-from signals import sound
+from signals import sound, write_wav
 
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "processor_config.json"]
 
@@ -62,9 +62,7 @@ def ffmpeg() -> str:
 
 @pytest.fixture
 def clip(tmp_path):
-    from test_processor import as_file_type, wav_bytes  # pytest rewrites its asserts, so not before it has begun
-    (tmp_path / "clip.wav").write_bytes(wav_bytes(as_file_type(sound(24000)[:, None], 1, 16)))
-    return str(tmp_path / "clip.wav")
+    return str(write_wav(tmp_path / "clip.wav", sound(24000)))
 
 
 @pytest.fixture

@@ -1,4 +1,7 @@
 """The sounds that tests and goldens share: made by formula, so that no recording lies in the repository."""
+import wave
+from pathlib import Path
+
 import numpy as np
 
 TEXT = "What sound is this? Ünïcode, too."
@@ -12,6 +15,14 @@ def sound(samples: int, seed: int = 0) -> np.ndarray:
     t = np.arange(samples) / 16000
     noise = np.random.default_rng(seed + samples).standard_normal(samples)
     return (0.3 * np.sin(2 * np.pi * (300 + 200 * t) * t) * np.cos(t) ** 2 + 0.05 * noise).astype(np.float32)
+
+
+def write_wav(path: Path, waveform: np.ndarray) -> Path:
+    """16 bits, mono, 16 kHz."""
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, 16000, 0, "NONE", ""))
+        file.writeframes((np.clip(waveform, -1, 1) * 32767).astype("<i2").tobytes())
+    return path
 
 
 def conversation(waveform: np.ndarray, text: str = TEXT) -> list[dict]:

@@ -16,10 +16,9 @@ import pytest
 import torch
 from conftest import ROOT, TESTS, TINY
 from safetensors.torch import load_file, save_file
-from signals import conversation, sound
+from signals import conversation, sound, write_wav
 from test_generate import command
 from test_load_weights import change, write_original
-from test_processor import as_file_type, wav_bytes
 
 import ways
 from af3 import AudioFlamingo3ForConditionalGeneration, KeyValueCache
@@ -31,8 +30,7 @@ QUESTIONS = ["What is this?", "And how loud is it?", "Ünd now?"]
 
 def put(path, samples, seed=0):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(wav_bytes(as_file_type(sound(samples, seed)[:, None], 1, 16)))
-    return str(path)
+    return str(write_wav(path, sound(samples, seed)))
 
 
 # ---- Thinking ----
@@ -42,6 +40,11 @@ def thinking(spoilt):
     """A checkpoint with an adapter beside it, as peft saved it."""
     shutil.copytree(TESTS / "think", spoilt / "think")
     return spoilt
+
+
+def change_tensors(path, change):
+    read, write = (load_file, save_file) if path.suffix == ".safetensors" else (torch.load, torch.save)
+    write(read(path) | change, path)
 
 
 def rename(adapter, spell):
@@ -116,8 +119,7 @@ def test_int8_quantises_what_was_merged(thinking, processor):
     ("non_lora_trainables.bin", "model.audio_tower.layers.7.fc1.bias")])
 def test_a_tensor_of_an_adapter_that_finds_no_place_is_named(thinking, file, name):
     path = thinking / "think" / file
-    read, write = (load_file, save_file) if file.endswith("safetensors") else (torch.load, torch.save)
-    write(read(path) | {name: torch.zeros(2, 48)}, path)
+    change_tensors(path, {name: torch.zeros(2, 48)})
     with pytest.raises(ValueError, match=name):
         load(thinking, "cpu", think=True)
 
@@ -139,8 +141,7 @@ Q_PROJ = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A
     ("non_lora_trainables.bin", {"multi_modal_projector.linear_2.weight": "words"}), ("non_lora_trainables.bin", {"multi_modal_projector.linear_1.bias": 7})])
 def test_a_damaged_adapter_is_refused_by_file(thinking, file, change):
     path = thinking / "think" / file
-    read, write = (load_file, save_file) if file.endswith("safetensors") else (torch.load, torch.save)
-    write(read(path) | change, path)
+    change_tensors(path, change)
     with pytest.raises(ValueError, match="think"):
         load(thinking, "cpu", think=True)
 

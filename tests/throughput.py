@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import wave
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +20,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from processor import SAMPLE_RATE, load_audio
-from signals import sound
-
-
-def write(path: Path, samples: np.ndarray) -> Path:
-    with wave.open(str(path), "wb") as file:
-        file.setparams((1, 2, SAMPLE_RATE, 0, "NONE", ""))
-        file.writeframes((np.clip(samples, -1, 1) * 32767).astype("<i2").tobytes())
-    return path
+from signals import sound, write_wav
 
 
 def clip(recordings: list[Path], seconds: float, choose: random.Random) -> np.ndarray:
@@ -57,7 +49,7 @@ def main() -> None:
     recordings = sorted(args.folder.rglob("*.wav")) if args.folder else []
     choose = random.Random(0)
     with tempfile.TemporaryDirectory() as work:
-        clips = [write(Path(work, f"{i:03d}.wav"), clip(recordings, 0.5 * 60 ** choose.random(), choose)) for i in range(args.clips)]
+        clips = [write_wav(Path(work, f"{i:03d}.wav"), clip(recordings, 0.5 * 60 ** choose.random(), choose)) for i in range(args.clips)]
         seconds = sum(path.stat().st_size for path in clips) / 2 / SAMPLE_RATE
         print(f"{args.clips} clips of 0.5 to 30 s, {seconds:.0f} s together\n\n| | clips a second |\n|---|---|", flush=True)
         some = clips[::20]
@@ -67,7 +59,7 @@ def main() -> None:
             took, err = generate(args, work, "What sound is this?", "--batch-size", size)
             answering = float(re.search(r" in ([\d.]+) s", err)[1])
             print(f"| one run, --batch-size {size} | {args.clips / took:.2f} ({args.clips / answering:.2f} without its start) |", flush=True)
-        long = write(Path(work, "two_minutes.wav"), clip(recordings, 120, choose))
+        long = write_wav(Path(work, "two_minutes.wav"), clip(recordings, 120, choose))
         _, err = generate(args, "--chat", long, input="What sound is this?\nWhat sound is this?\n/quit\n")
         first, second = (float(found) for found in re.findall(r"the first after ([\d.]+) s", err))
         print(f"\nfirst token of two questions on two minutes of sound: {first:.2f} s, {second:.3f} s, {second / first:.1%}")
