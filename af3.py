@@ -1,40 +1,69 @@
 """Audio Flamingo 3, the network: token ids and log-mel windows in, logits or new token ids out.
 
-In the order a sound meets it: configuration, frame arithmetic, Whisper-style encoder, projector, Qwen2 decoder, then the
-whole model, whose `splice` puts each audio frame into its `<sound>` slot, and which decodes token by token.
-Shapes: B rows, T tokens, W windows, F conv frames, K audio frames, H hidden, D of a head, V vocabulary.
-Module names are the checkpoint's keys, so `load_state_dict(strict=True)` is the whole mapping.
+The sections follow a recording on its way to the first word of the answer:
+
+    Configuration     the sizes of the official model
+    Frame counts      how many frames a window has at each stage
+    Encoder           log-mel windows -> audio frames
+    Projector         audio frames -> the decoder's width
+    Decoder           embeddings -> hidden states, with a key-value cache
+    Next token        logits -> one new id for each row
+    Whole model       splice, prefill, decode, loss, generation
+    Checks            what bad input gets
+
+Audio Flamingo 3 is put together from parts that you may know. What differs from each of them:
+
+    Whisper large-v3  The encoder is Whisper's, up to its last layer. Then an average pool halves
+                      the frames, from 20 ms to 40 ms, and the LayerNorm comes after the pool.
+                      Padding at the end of a window is masked; Whisper attends to it.
+    Qwen2-Audio       Has the same encoder and pool. Its projector is one linear layer; here there
+                      are two with a GELU between. It hears one window of 30 s; here a recording
+                      is cut into up to 20 windows, whose frames follow each other directly.
+    Qwen2-7B          The decoder is Qwen2's without a change, but for a few added tokens, such as
+                      <sound>. Each <sound> in the prompt is replaced by one audio frame.
+
+Letters in shapes: B rows of a batch, T tokens, W windows, C conv frames, A audio frames,
+H hidden size, D size of an attention head, V vocabulary.
+The modules have the names of the checkpoint's tensors, so loading needs no further mapping.
 """
+
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# ---- Configuration: the fields of config.json, with the defaults of transformers, the oracle ----
+# ---- Configuration: the fields of config.json, with the values of Audio Flamingo 3 ----
+
+
 @dataclass
 class AudioFlamingo3EncoderConfig:
     num_mel_bins: int = 128
     hidden_size: int = 1280
     num_hidden_layers: int = 32
-    num_attention_heads: int = 20
-    intermediate_size: int = 5120
-    max_source_positions: int = 1500  # conv frames of one 30 s window
+    num_attention_heads: int = 20  # of 64 channels each
+    intermediate_size: int = 5120  # width inside the feed-forward layers
+    max_source_positions: int = 1500  # conv frames of a 30 s window, one every 20 ms
+
 
 @dataclass
 class Qwen2Config:
-    vocab_size: int = 151936
-    hidden_size: int = 4096
-    intermediate_size: int = 22016
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_key_value_heads: int = 32
-    max_position_embeddings: int = 32768
+    vocab_size: int = 151672  # Qwen2's tokens and Audio Flamingo 3's own, such as <sound>
+    hidden_size: int = 3584
+    intermediate_size: int = 18944  # width inside the feed-forward layers
+    num_hidden_layers: int = 28
+    num_attention_heads: int = 28  # query heads of 128 channels each
+    num_key_value_heads: int = 4  # each is shared by 7 query heads
+    max_position_embeddings: int = 32768  # longest prompt and answer together, in tokens
     rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    head_dim = property(lambda self: self.hidden_size // self.num_attention_heads)
+    rope_theta: float = 1_000_000.0  # base of the rotary position embedding
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
 
 @dataclass
 class AudioFlamingo3Config:
@@ -42,121 +71,260 @@ class AudioFlamingo3Config:
     text_config: Qwen2Config = field(default_factory=Qwen2Config)
     audio_token_id: int = 151669  # <sound>
 
-# ---- Frame arithmetic: the one place that says how many frames a sound becomes ----
+    @classmethod
+    def from_dict(cls, config: dict) -> "AudioFlamingo3Config":
+        """From the plain dictionaries of `load_weights.read_config`."""
+        return cls(
+            audio_config=from_known_keys(AudioFlamingo3EncoderConfig, config["audio_config"]),
+            text_config=from_known_keys(Qwen2Config, config["text_config"]),
+            audio_token_id=config["audio_token_id"],
+        )
+
+
+def from_known_keys(cls: type, values: dict):
+    """A dataclass of those values that it has fields for; files hold many others."""
+    names = {f.name for f in fields(cls)}
+    return cls(**{name: value for name, value in values.items() if name in names})
+
+
+# ---- Frame counts ----
+
+
 def frame_counts(mel_frames):
-    """(conv frames, audio frames) of a window with `mel_frames` real mel frames, an int or a tensor. 3000 -> (1500, 750)."""
-    conv_frames = (mel_frames - 1) // 2 + 1          # conv2: kernel 3, stride 2, padding 1
-    return conv_frames, (conv_frames - 2) // 2 + 1   # the pool: 2 to 1; an odd last conv frame is dropped
+    """Conv frames and audio frames of a window with `mel_frames` mel frames of real samples.
+
+    Takes and gives ints or integer tensors. A full window: 3000 -> (1500, 750).
+    """
+    conv_frames = (mel_frames - 1) // 2 + 1  # conv2: kernel 3, stride 2, padding 1
+    audio_frames = (conv_frames - 2) // 2 + 1  # the pool; an odd last conv frame is dropped
+    return conv_frames, audio_frames
+
 
 # ---- Encoder: log-mel windows -> audio frames ----
+
+
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    """(B, T, heads x D) -> (B, heads, T, D). The width of x says how many heads there are."""
+    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
 class AudioFlamingo3Attention(nn.Module):
-    def __init__(self, hidden: int, heads: int):
+    def __init__(self, config: AudioFlamingo3EncoderConfig):
         super().__init__()
-        self.head_dim = hidden // heads
-        self.k_proj = nn.Linear(hidden, hidden, bias=False)
-        self.v_proj = nn.Linear(hidden, hidden)
-        self.q_proj = nn.Linear(hidden, hidden)
-        self.out_proj = nn.Linear(hidden, hidden)
+        hidden_size = config.hidden_size
+        self.head_dim = hidden_size // config.num_attention_heads
+        # A bias on the keys would add the same to all scores of a query, and softmax cancels that.
+        self.k_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.v_proj = nn.Linear(hidden_size, hidden_size)
+        self.q_proj = nn.Linear(hidden_size, hidden_size)
+        self.out_proj = nn.Linear(hidden_size, hidden_size)
+
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        # q is scaled before the product, not after: in bfloat16 the order shows. The projections' width counts the heads.
-        projected = self.q_proj(x) * self.head_dim ** -0.5, self.k_proj(x), self.v_proj(x)
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in projected)  # (W, heads, F, D)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
-        return self.out_proj(y.transpose(1, 2).flatten(2))
+        # The queries are scaled before the product, as in Whisper: in bfloat16 the order shows.
+        q = self.q_proj(x) * self.head_dim**-0.5
+        q = split_heads(q, self.head_dim)  # (W, heads, C, D)
+        k = split_heads(self.k_proj(x), self.head_dim)
+        v = split_heads(self.v_proj(x), self.head_dim)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+        return self.out_proj(x.transpose(1, 2).flatten(2))
+
 
 class AudioFlamingo3EncoderLayer(nn.Module):
     def __init__(self, config: AudioFlamingo3EncoderConfig):
         super().__init__()
-        self.self_attn = AudioFlamingo3Attention(config.hidden_size, config.num_attention_heads)
+        self.self_attn = AudioFlamingo3Attention(config)
         self.self_attn_layer_norm = nn.LayerNorm(config.hidden_size)
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size)
+
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         x = x + self.self_attn(self.self_attn_layer_norm(x), mask)
-        return x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
+        x = x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
+        return x
+
 
 class AudioFlamingo3Encoder(nn.Module):
     def __init__(self, config: AudioFlamingo3EncoderConfig):
         super().__init__()
-        self.conv1 = nn.Conv1d(config.num_mel_bins, config.hidden_size, kernel_size=3, padding=1)
-        self.conv2 = nn.Conv1d(config.hidden_size, config.hidden_size, kernel_size=3, stride=2, padding=1)
-        positions = torch.zeros(config.max_source_positions, config.hidden_size)  # nn.Embedding's own start imports for 1 s
-        self.embed_positions = nn.Embedding.from_pretrained(positions, freeze=False)
-        self.layers = nn.ModuleList(AudioFlamingo3EncoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.layer_norm = nn.LayerNorm(config.hidden_size)
+        mel_bins = config.num_mel_bins
+        hidden_size = config.hidden_size
+        self.conv1 = nn.Conv1d(mel_bins, hidden_size, kernel_size=3, padding=1)
+        self.conv2 = nn.Conv1d(hidden_size, hidden_size, kernel_size=3, stride=2, padding=1)
+        self.embed_positions = new_embedding(config.max_source_positions, hidden_size)
+        self.layers = nn.ModuleList(
+            AudioFlamingo3EncoderLayer(config) for _ in range(config.num_hidden_layers)
+        )
+        self.layer_norm = nn.LayerNorm(hidden_size)
+
     def forward(self, input_features: Tensor, feature_attention_mask: Tensor) -> Tensor:
-        """Whisper's encoder, an average pool over time, a LayerNorm: states (W, K of the longest window, H).
-        input_features: (W, mel bins, mel frames), up to 30 s, cast to the encoder's own dtype.
-        feature_attention_mask: (W, mel frames), 1 on frames of real samples, which come first.
+        """Audio frames (W, A, H) of windows, one every 40 ms; A is that of the longest window.
+
+        input_features: (W, mel bins, mel frames) log-mel, cast to the encoder's own dtype.
+        feature_attention_mask: (W, mel frames), 1 on frames of real samples, then 0 on padding.
         """
-        conv_frames = frame_counts(feature_attention_mask.sum(-1))[0]  # (W,): the real ones
+        conv_frames, _ = frame_counts(feature_attention_mask.sum(-1))  # (W,)
         longest = int(conv_frames.max())
-        x = input_features[:, :, :2 * longest + 1].to(self.conv1.weight.dtype)  # all that the last real conv frame reads
-        x = F.gelu(self.conv2(F.gelu(self.conv1(x)))).transpose(1, 2)[:, :longest]  # (W, F, H)
+
+        # Whisper encodes all 3000 mel frames. Those that no real conv frame reads are left out
+        # here: the result is the same, and a 5 s clip is encoded 7 to 10 times as fast.
+        x = input_features[:, :, : 2 * longest + 1].to(self.conv1.weight.dtype)
+        x = F.gelu(self.conv1(x))
+        x = F.gelu(self.conv2(x))[:, :, :longest]
+        x = x.transpose(1, 2)  # (W, C, H)
         x = x + self.embed_positions.weight[:longest]
-        real = torch.arange(longest, device=x.device) < conv_frames[:, None]
-        mask = None if bool(real.all()) else real[:, None, None]  # (W, 1, 1, F)
+
+        real = torch.arange(longest, device=x.device) < conv_frames[:, None]  # (W, C)
+        mask = real[:, None, None]  # (W, 1, 1, C): every query may look at the real frames
+        if bool(real.all()):
+            mask = None  # the same, faster
         for layer in self.layers:
             x = layer(x, mask)
-        x = x[:, :longest // 2 * 2].unflatten(1, (-1, 2)).mean(2)  # (W, K, H); an odd last conv frame was only a key
-        return self.layer_norm(x)
+
+        # An odd last conv frame has taken part in attention, but has no partner in the pool.
+        pairs = x[:, : longest // 2 * 2].unflatten(1, (-1, 2))  # (W, A, 2, H)
+        return self.layer_norm(pairs.mean(2))
+
+
+def group_by_length(mel_frames: Tensor) -> list[Tensor]:
+    """Numbers of the windows to encode together: those of the same length in whole seconds.
+
+    One group of all windows gives the same frames. But then a short window is padded to the
+    longest one: a batch of a 3 s and a 30 s recording takes almost twice the time.
+    At most 8 windows go together, which bounds the memory for a long recording.
+    """
+    seconds = mel_frames // 100
+    groups = []
+    for length in seconds.unique():
+        windows = (seconds == length).nonzero()[:, 0]
+        groups.extend(windows.split(8))
+    return groups
+
+
+def new_embedding(rows: int, width: int) -> nn.Embedding:
+    """An nn.Embedding whose values a checkpoint will set.
+
+    Starts as zeros: PyTorch's own random start takes a second on the "meta" device, on which
+    `from_pretrained` builds the model, because it imports the compiler.
+    """
+    return nn.Embedding.from_pretrained(torch.zeros(rows, width), freeze=False)
+
+
+# ---- Projector: audio frames -> the decoder's width ----
+
 
 class AudioFlamingo3MultiModalProjector(nn.Module):
-    def __init__(self, audio_hidden: int, text_hidden: int):
+    def __init__(self, audio_hidden_size: int, text_hidden_size: int):
         super().__init__()
-        self.linear_1 = nn.Linear(audio_hidden, text_hidden)
-        self.linear_2 = nn.Linear(text_hidden, text_hidden)
+        self.linear_1 = nn.Linear(audio_hidden_size, text_hidden_size)
+        self.linear_2 = nn.Linear(text_hidden_size, text_hidden_size)
+
     def forward(self, frames: Tensor) -> Tensor:
         return self.linear_2(F.gelu(self.linear_1(frames)))
 
-# ---- Decoder: embeddings -> hidden states, with or without a key-value cache ----
+
+# ---- Decoder: embeddings -> hidden states ----
+
+
 class KeyValueCache:
-    """Keys and values of every layer, allocated once for a call or a conversation; all rows take the same slots."""
-    def __init__(self, config: Qwen2Config, rows: int, slots: int, dtype: torch.dtype, device: torch.device):
-        shape = config.num_hidden_layers, 2, rows, config.num_key_value_heads, slots, config.head_dim
-        self.keys_values = torch.empty(shape, dtype=dtype, device=device)
-        self.visible = torch.zeros(rows, slots, dtype=torch.bool, device=device)  # False where a row was padded
-        self.seen = torch.zeros(rows, config.vocab_size, dtype=torch.bool, device=device)  # ids, for the repetition penalty
-        self.used = 0  # slots
+    """The keys and values of all tokens read so far, in every layer, for `capacity` tokens.
 
-def rotary_tables(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and signed sin (B, 1, T, D) of positions (B, T); the angles are float32, the tables rounded to `dtype`."""
-    frequencies = 1.0 / base ** (torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
+    It belongs to one call of `generate` or to one conversation. All rows of a batch take the same
+    positions; `attention_mask` is False where a row only had padding.
+    """
+
+    def __init__(self, config: Qwen2Config, rows: int, capacity: int, dtype, device):
+        shape = (rows, config.num_key_value_heads, capacity, config.head_dim)
+        layers = range(config.num_hidden_layers)
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
+        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
+        self.attention_mask = torch.zeros(rows, capacity, dtype=torch.bool, device=device)
+        self.capacity = capacity
+        self.length = 0  # tokens read so far
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores keys and values (B, heads, T, D) of new tokens; returns those of all tokens."""
+        end = self.length + k.shape[2]
+        self.keys[layer][:, :, self.length : end] = k
+        self.values[layer][:, :, self.length : end] = v
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def update_mask(self, attention_mask: Tensor) -> Tensor:
+        """Stores the mask (B, T) of new tokens; returns that of all tokens."""
+        end = self.length + attention_mask.shape[1]
+        self.attention_mask[:, self.length : end] = attention_mask
+        return self.attention_mask[:, :end]
+
+
+def rotary_tables(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype):
+    """cos and sin (B, 1, T, D) for positions (B, T): angles in float32, then rounded to dtype."""
+    exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
+    frequencies = 1.0 / base**exponents  # (D / 2,)
     angles = positions[:, None, :, None].float() * frequencies
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin  # rolled by half a head: each number beside its pair
 
-class Qwen2RMSNorm(nn.RMSNorm):
-    def forward(self, x: Tensor) -> Tensor:  # rounded before the weight, as the oracle does; F.rms_norm rounds once
+def rotate_half(x: Tensor) -> Tensor:
+    """The partner of each channel: (i, i + D / 2) are turned together, by one angle."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([-second, first], dim=-1)
+
+
+class Qwen2RMSNorm(nn.Module):
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Rounded to the model's dtype before the weight is applied; F.rms_norm rounds after.
         y = x.float()
-        return self.weight * (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
 
 class Qwen2Attention(nn.Module):
-    def __init__(self, config: Qwen2Config):
+    def __init__(self, config: Qwen2Config, layer: int):
         super().__init__()
-        hidden, self.head_dim = config.hidden_size, config.head_dim
-        self.q_proj = nn.Linear(hidden, config.num_attention_heads * self.head_dim)
-        self.k_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim)
-        self.v_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, hidden, bias=False)
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cached: Tensor | None) -> Tensor:
-        projected = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in projected)  # (B, heads, T, D)
-        q, k = rotate(q, *rope), rotate(k, *rope)
-        if cached is not None:  # (2, B, heads, slots, D): the last T slots are these tokens'
-            cached[0, :, :, -x.shape[1]:], cached[1, :, :, -x.shape[1]:] = k, v
-            k, v = cached
-        if q.shape[2] == 1:  # decode: the query heads that share a key-value head become its T, and nothing is repeated
-            q = q.view(len(q), k.shape[1], -1, self.head_dim)  # (B, key-value heads, query heads of each, D)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).flatten(1)[:, None]
+        self.layer = layer  # where its keys and values stand in the cache
+        self.head_dim = config.head_dim
+        query_size = config.num_attention_heads * config.head_dim
+        key_value_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size)
+        self.k_proj = nn.Linear(config.hidden_size, key_value_size)
+        self.v_proj = nn.Linear(config.hidden_size, key_value_size)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+
+    def forward(self, x, cos, sin, mask, cache):
+        q = split_heads(self.q_proj(x), self.head_dim)  # (B, query heads, T, D)
+        k = split_heads(self.k_proj(x), self.head_dim)  # (B, key-value heads, T, D)
+        v = split_heads(self.v_proj(x), self.head_dim)
+        q = q * cos + rotate_half(q) * sin
+        k = k * cos + rotate_half(k) * sin
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)
+        if q.shape[2] == 1:
+            x = attend_one_token(q, k, v, mask)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-            y = y.transpose(1, 2).flatten(2)
-        return self.o_proj(y)
+            causal = mask is None
+            x = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True
+            )
+        return self.o_proj(x.transpose(1, 2).flatten(2))
+
+
+def attend_one_token(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True) for one query.
+
+    That call copies every key-value head for each query head that shares it. Here the query heads
+    that share one take the place of several queries, and nothing is copied.
+    """
+    batch, query_heads, _, head_dim = q.shape
+    grouped = q.view(batch, k.shape[1], -1, head_dim)  # (B, key-value heads, queries, D)
+    x = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask)
+    return x.view(batch, query_heads, 1, head_dim)
+
 
 class Qwen2MLP(nn.Module):
     def __init__(self, config: Qwen2Config):
@@ -164,185 +332,412 @@ class Qwen2MLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
+
 class Qwen2DecoderLayer(nn.Module):
-    def __init__(self, config: Qwen2Config):
+    def __init__(self, config: Qwen2Config, layer: int):
         super().__init__()
-        self.self_attn = Qwen2Attention(config)
+        self.self_attn = Qwen2Attention(config, layer)
         self.mlp = Qwen2MLP(config)
         self.input_layernorm = Qwen2RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = Qwen2RMSNorm(config.hidden_size, config.rms_norm_eps)
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cached: Tensor | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cached)
-        return x + self.mlp(self.post_attention_layernorm(x))
+
+    def forward(self, x, cos, sin, mask, cache):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        return x
+
 
 class Qwen2Model(nn.Module):
     def __init__(self, config: Qwen2Config):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding.from_pretrained(torch.zeros(config.vocab_size, config.hidden_size), freeze=False)
-        self.layers = nn.ModuleList(Qwen2DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.embed_tokens = new_embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            Qwen2DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
+        )
         self.norm = Qwen2RMSNorm(config.hidden_size, config.rms_norm_eps)
-    def forward(self, x: Tensor, real: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Hidden states (B, T, H) of embeddings x (B, T, H), padded on the right where `real` (B, T) is False."""
-        tokens, mask, cached, visible = x.shape[1], None, [None] * len(self.layers), real
-        if cache is not None:  # these tokens take the next free slots; each layer writes its keys and values there
-            cache.visible[:, cache.used:cache.used + tokens] = real
-            cache.used += tokens
-            cached, visible = cache.keys_values[..., :cache.used, :], cache.visible[:, :cache.used]
-        # without a past causality suffices, as padding is on the right; one token after a past without gaps sees it all
-        if visible.shape[1] > tokens and not (tokens == 1 and bool(visible.all())):
-            slots = torch.arange(visible.shape[1], device=x.device)
-            mask = (visible[:, None] & (slots <= slots[-tokens:, None]))[:, None]  # (B, 1, T, slots)
-        positions = visible.cumsum(-1)[:, -tokens:] - 1
-        rope = rotary_tables(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
-        for layer, layer_cached in zip(self.layers, cached):
-            x = layer(x, rope, mask, layer_cached)
+
+    def forward(self, x: Tensor, attention_mask: Tensor, cache: KeyValueCache | None) -> Tensor:
+        """Hidden states (B, T, H) of embeddings x (B, T, H) that follow those in the cache.
+
+        attention_mask: (B, T) bool, False on padding, which must stand on the right of x.
+        """
+        tokens = x.shape[1]
+        if cache is not None:
+            attention_mask = cache.update_mask(attention_mask)  # (B, past + T)
+
+        # A row's positions count its own real tokens.
+        positions = attention_mask.cumsum(-1)[:, -tokens:] - 1  # (B, T)
+        cos, sin = rotary_tables(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
+
+        # With padding on the right, causal attention of real tokens never meets it.
+        without_past = attention_mask.shape[1] == tokens
+        one_token_that_sees_all = tokens == 1 and bool(attention_mask.all())
+        if without_past or one_token_that_sees_all:
+            mask = None
+        else:
+            mask = causal_mask(attention_mask, tokens)
+
+        for layer in self.layers:
+            x = layer(x, cos, sin, mask, cache)
+        if cache is not None:
+            cache.length += tokens
         return self.norm(x)
 
-# ---- The whole model ----
+
+def causal_mask(attention_mask: Tensor, tokens: int) -> Tensor:
+    """(B, 1, T, past + T), True where one of the last T tokens may look at one of all tokens."""
+    keys = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    queries = keys[-tokens:, None]
+    return (attention_mask[:, None] & (keys <= queries))[:, None]
+
+
+# ---- Next token: logits -> one new id for each row ----
+
+
 @dataclass
 class GenerationConfig:
     """The options of `generate`, under their names in generation_config.json."""
+
     max_new_tokens: int = 512
-    do_sample: bool = False
+    do_sample: bool = False  # False: greedy, always the likeliest token
     temperature: float = 1.0
-    top_k: int | None = None
+    top_k: int | None = None  # None or 0: no limit
     top_p: float | None = None
     repetition_penalty: float = 1.0
-    eos_token_id: int | list[int] = field(default_factory=list)  # [] never stops early
-    pad_token_id: int = 0                                         # what a finished row goes on with
+    eos_token_id: int | list[int] = field(default_factory=list)  # an empty list never stops early
+    pad_token_id: int = 0  # fills a row that has ended
 
     def __post_init__(self):
-        for name, kind, least, most in (("max_new_tokens", int, 1, 1e9), ("top_k", int, 0, 1e9), ("top_p", float, 1e-6, 1),
-                ("temperature", float, 1e-6, 1e6), ("repetition_penalty", float, 1e-6, 1e6),
-                ("do_sample", bool, 0, 1), ("pad_token_id", int, 0, 1e9), ("eos_token_id", int, 0, 1e9)):
-            given = getattr(self, name)
-            for value in given if isinstance(given, list) and name == "eos_token_id" else [given]:
-                if value is not None and not (isinstance(value, (int, kind)) and least <= value <= most):
-                    raise ValueError(f"{name} is {value!r}; {kind.__name__} between {least} and {most} is expected.")
+        check_generation_options(self)
+
 
 def next_token(logits: Tensor, seen: Tensor, options: GenerationConfig) -> Tensor:
-    """The next ids (B,) of float32 logits (B, V); the repetition penalty falls on the ids `seen` (B, V)."""
+    """The next ids (B,) from float32 logits (B, V); seen (B, V) is True on ids of the row so far.
+
+    In this order: repetition penalty, temperature, top-k, top-p.
+    """
     if options.repetition_penalty != 1:
-        penalised = torch.where(logits < 0, logits * options.repetition_penalty, logits / options.repetition_penalty)
+        penalty = options.repetition_penalty
+        penalised = torch.where(logits < 0, logits * penalty, logits / penalty)
         logits = torch.where(seen, penalised, logits)
     if not options.do_sample:
         return logits.argmax(-1)
-    probabilities, ids = (logits / options.temperature).softmax(-1).sort(descending=True)
-    if options.top_k:  # 0 is no limit either
-        probabilities[:, options.top_k:] = 0
-    if options.top_p is not None:  # the fewest ids that hold top_p of what is left: those before which it is not reached
-        probabilities[probabilities.cumsum(-1) - probabilities >= options.top_p * probabilities.sum(-1, keepdim=True)] = 0
-    return ids.gather(1, torch.multinomial(probabilities, 1))[:, 0]
+
+    logits = logits / options.temperature
+    probabilities, ids = logits.softmax(-1).sort(descending=True)
+    if options.top_k:
+        probabilities[:, options.top_k :] = 0
+    if options.top_p is not None:
+        # Keep an id as long as those before it do not reach top_p of what top-k has left.
+        total = probabilities.sum(-1, keepdim=True)
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities[before >= options.top_p * total] = 0
+    drawn = torch.multinomial(probabilities, num_samples=1)  # (B, 1)
+    return ids.gather(1, drawn)[:, 0]
+
+
+def mark_seen(input_ids: Tensor, attention_mask: Tensor, vocab_size: int) -> Tensor:
+    """(B, V) bool, True on each row's own ids (B, T), but not on its padding."""
+    counts = torch.zeros(len(input_ids), vocab_size, dtype=torch.long, device=input_ids.device)
+    return counts.scatter_add(1, input_ids, attention_mask.long()) > 0
+
+
+# ---- Whole model ----
+
 
 class AudioFlamingo3ForConditionalGeneration(nn.Module):
     def __init__(self, config: AudioFlamingo3Config):
         super().__init__()
-        self.config, self.generation_config, text = config, GenerationConfig(), config.text_config
+        audio_size = config.audio_config.hidden_size
+        text_size = config.text_config.hidden_size
+        vocab_size = config.text_config.vocab_size
+        self.config = config
+        self.generation_config = GenerationConfig()
         self.audio_tower = AudioFlamingo3Encoder(config.audio_config)
-        self.multi_modal_projector = AudioFlamingo3MultiModalProjector(config.audio_config.hidden_size, text.hidden_size)
-        self.language_model = nn.ModuleDict({
-            "model": Qwen2Model(text), "lm_head": nn.Linear(text.hidden_size, text.vocab_size, bias=False)})
+        self.multi_modal_projector = AudioFlamingo3MultiModalProjector(audio_size, text_size)
+        self.language_model = nn.ModuleDict(
+            {
+                "model": Qwen2Model(config.text_config),
+                "lm_head": nn.Linear(text_size, vocab_size, bias=False),
+            }
+        )
 
     @classmethod
-    def from_pretrained(cls, path, device_map="auto", dtype="auto", int8=False, think=False):
-        from load_weights import load_model  # its docstring says what the arguments mean
-        return load_model(path, device_map, dtype, int8, think)
+    def from_pretrained(
+        cls, path, device_map: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
+    ) -> "AudioFlamingo3ForConditionalGeneration":
+        """The model of a checkpoint directory in either layout, or of a hub name; for inference.
 
-    device = property(lambda self: self.language_model.model.embed_tokens.weight.device)
-    dtype = property(lambda self: self.language_model.model.embed_tokens.weight.dtype)
+        device_map: "auto" is CUDA, else MPS, else the CPU. dtype: "auto" is the checkpoint's own,
+        else a torch.dtype or its name. Raises FileNotFoundError or ValueError, naming file, field
+        or tensor; nothing half-loaded is returned.
+        """
+        import load_weights
+
+        folder = load_weights.find_checkpoint(path)
+        words = load_weights.tokenizer_folder(folder)
+        token_ids = load_weights.read_token_ids(words)
+        config = load_weights.read_config(folder, token_ids)
+        options = load_weights.read_generation_config(words, token_ids)
+        with torch.device("meta"):  # shapes without memory
+            model = cls(AudioFlamingo3Config.from_dict(config))
+        with load_weights.naming(words / "generation_config.json"):
+            model.generation_config = from_known_keys(GenerationConfig, options)
+        with load_weights.naming(folder):
+            tensors = dict(load_weights.read_tensors(folder))
+            model.load_state_dict(tensors, strict=True, assign=True)
+            model.to(choose_device(device_map), choose_dtype(dtype, model.dtype))
+        return model.requires_grad_(False).eval()
+
+    @property
+    def device(self) -> torch.device:
+        return self.language_model.model.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.language_model.model.embed_tokens.weight.dtype
 
     def get_audio_features(self, input_features: Tensor, feature_attention_mask: Tensor) -> Tensor:
-        """Projected audio frames (sum of K, text H): the real ones of all windows, in order."""
-        mel_frames = feature_attention_mask.sum(-1)
-        seconds, states = mel_frames // 100, {}
-        for length in seconds.unique():  # like lengths together, so that none is padded much; 8 bound the memory
-            for group in (seconds == length).nonzero()[:, 0].split(8):
-                states.update(zip(group.tolist(), self.audio_tower(input_features[group], feature_attention_mask[group])))
-        frames = [states[window][:count] for window, count in enumerate(frame_counts(mel_frames)[1].tolist())]
-        return self.multi_modal_projector(torch.cat(frames))
+        """Projected audio frames (sum of A, H): the real ones of all windows, in order."""
+        mel_frames = feature_attention_mask.sum(-1)  # (W,)
+        _, audio_frames = frame_counts(mel_frames)
+        real_frames = {}
+        for windows in group_by_length(mel_frames):
+            encoded = self.audio_tower(input_features[windows], feature_attention_mask[windows])
+            for window, states in zip(windows.tolist(), encoded):
+                real_frames[window] = states[: audio_frames[window]]
+        in_order = [real_frames[window] for window in range(len(mel_frames))]
+        return self.multi_modal_projector(torch.cat(in_order))
 
     def splice(self, input_ids: Tensor, audio_frames: Tensor) -> Tensor:
-        """Embeddings (B, T, H) in which each `<sound>` slot holds one audio frame, in order, in place."""
-        slots = input_ids == self.config.audio_token_id
-        if slots.sum() != len(audio_frames):
-            raise ValueError(f"Audio tokens and features mismatch: tokens={slots.sum()}, frames={len(audio_frames)}. "
-                             "Pass the processor's input_ids together with its input_features.")
+        """Embeddings (B, T, H); each <sound> id is replaced by the next audio frame."""
+        is_sound = input_ids == self.config.audio_token_id  # (B, T)
+        check_frame_count(is_sound, audio_frames)
         x = self.language_model.model.embed_tokens(input_ids)
-        return x.masked_scatter(slots[..., None], audio_frames.to(x.dtype))
+        return x.masked_scatter(is_sound[..., None], audio_frames.to(x.dtype))
 
-    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None, input_features: Tensor | None,
-                feature_attention_mask: Tensor | None, cache: KeyValueCache | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Right-padded hidden states (B, T, H), where they are `real` (B, T), and which position each came from (B, T).
-        A left-padded query has no key to attend to, and the softmax of nothing is NaN; so each row's padding is moved
-        to its right, where causal attention never looks. The cache may already hold a conversation's past.
+    def prefill(
+        self,
+        input_ids,
+        attention_mask,
+        input_features=None,
+        feature_attention_mask=None,
+        cache=None,
+    ):
+        """Hidden states (B, T, H) of a prompt, which may follow what the cache holds.
+
+        Takes the tensors of `forward`, the attention mask as bool, and fills a `KeyValueCache`.
         """
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.bool()
-        source = mask.argsort(descending=True, stable=True)
-        real = mask.gather(1, source).bool()
-        if mask.shape != input_ids.shape or not bool(real[:, 0].all()):
-            raise ValueError("attention_mask: of input_ids' shape, with a one in every row, is expected.")
-        heard = input_features is not None
-        frames = self.get_audio_features(input_features, feature_attention_mask) if heard else input_ids.new_empty(0)
-        x = self.splice(input_ids.gather(1, source), frames)
-        if cache is None or not cache.used:
-            return self.language_model.model(x, real, cache), real, source
-        parts = zip(x.split(1024, 1), real.split(1024, 1))  # after a past there is a mask, tokens x slots: small in parts
-        return torch.cat([self.language_model.model(*part, cache) for part in parts], 1), real, source
+        audio_frames = input_ids.new_empty(0)
+        if input_features is not None:
+            audio_frames = self.get_audio_features(input_features, feature_attention_mask)
+        x = self.splice(input_ids, audio_frames)
+
+        # Each row's padding moves to its right, where causal attention never looks. On the left it
+        # would have no key to attend to: the softmax of nothing is NaN, and NaN spreads.
+        order = attention_mask.argsort(dim=1, descending=True, stable=True)  # (B, T)
+        x = x.take_along_dim(order[..., None], dim=1)
+        x = self.run_decoder(x, attention_mask.gather(1, order), cache)
+        return x.take_along_dim(order.argsort(dim=1)[..., None], dim=1)  # order, undone
+
+    def run_decoder(self, x, attention_mask, cache):
+        """The decoder's hidden states; after a past, those of 1024 tokens at a time.
+
+        Tokens that follow others need a mask of T x (past + T), which would be large for a
+        recording of several minutes.
+        """
+        decoder = self.language_model.model
+        if cache is None or cache.length == 0:
+            return decoder(x, attention_mask, cache)
+        states = []
+        for part, part_mask in zip(x.split(1024, dim=1), attention_mask.split(1024, dim=1)):
+            states.append(decoder(part, part_mask, cache))
+        return torch.cat(states, dim=1)
 
     def decode_one_token(self, token_ids: Tensor, cache: KeyValueCache) -> Tensor:
-        """Logits (B, V) after one more token a row, (B,). A `<sound>` the model itself said is an id like any other."""
-        x = self.language_model.model.embed_tokens(token_ids[:, None])
-        x = self.language_model.model(x, torch.ones_like(token_ids[:, None], dtype=torch.bool), cache)
+        """Logits (B, V) after one more id for each row, (B,).
+
+        A <sound> that the model itself has generated is embedded like any other id.
+        """
+        token_ids = token_ids[:, None]
+        x = self.language_model.model.embed_tokens(token_ids)
+        x = self.language_model.model(x, torch.ones_like(token_ids, dtype=torch.bool), cache)
         return self.language_model.lm_head(x[:, 0])
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, input_features: Tensor | None = None,
-                feature_attention_mask: Tensor | None = None, labels: Tensor | None = None) -> SimpleNamespace:
-        """`.logits` (B, T, V); with labels (B, T) `.loss`, the mean cross-entropy of the next tokens not labelled -100.
-        input_ids, attention_mask: (B, T), padded left or right; padding predicts nothing. input_features (W, mel bins,
-        mel frames), feature_attention_mask (W, mel frames): the windows of all rows, in order.
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        input_features=None,
+        feature_attention_mask=None,
+        labels=None,
+    ):
+        """`.logits` (B, T, V) and, with labels (B, T), `.loss`; else the loss is None.
+
+        input_ids, attention_mask: (B, T), padded left or right. input_features (W, mel bins, mel
+        frames), feature_attention_mask (W, mel frames): the windows of all rows, in order.
+        The loss is the mean cross-entropy of next tokens whose label is not -100, in float32.
         """
-        x, real, source = self.prefill(input_ids, attention_mask, input_features, feature_attention_mask)
-        back, loss = source.argsort(1), None
-        logits = self.language_model.lm_head(x.take_along_dim(back[..., None], 1))
+        attention_mask = check_attention_mask(attention_mask, input_ids)
+        x = self.prefill(input_ids, attention_mask, input_features, feature_attention_mask)
+        logits = self.language_model.lm_head(x)
+        loss = None
         if labels is not None:
-            targets = labels[:, 1:].clone().masked_fill_(~real.gather(1, back)[:, :-1], -100)
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+            predictions = logits[:, :-1].float()
+            targets = labels[:, 1:].masked_fill(~attention_mask[:, :-1], -100)  # not from padding
+            loss = F.cross_entropy(predictions.flatten(0, 1), targets.flatten(), ignore_index=-100)
         return SimpleNamespace(logits=logits, loss=loss)
 
     @torch.inference_mode()
-    def stream(self, input_ids: Tensor, attention_mask: Tensor | None = None, input_features: Tensor | None = None,
-               feature_attention_mask: Tensor | None = None, cache: KeyValueCache | None = None, **options) -> Iterator[Tensor]:
-        """The new ids (B,) of each step; options are `GenerationConfig`'s fields, `cache` may hold a conversation's past."""
-        options = replace(self.generation_config, **{name: given for name, given in options.items() if given is not None})
-        rows, tokens = input_ids.shape[0], input_ids.shape[1] + (cache.used if cache else 0)
-        slots = tokens + options.max_new_tokens
-        limit = cache.visible.shape[1] if cache else self.config.text_config.max_position_embeddings
-        if slots > limit:
-            raise ValueError(f"The prompt's {tokens} tokens and max_new_tokens={options.max_new_tokens} are more than the "
-                             f"model's {limit} positions; shorten the audio or lower max_new_tokens.")
-        cache = cache or KeyValueCache(self.config.text_config, rows, slots, self.dtype, self.device)
-        x, real, source = self.prefill(input_ids, attention_mask, input_features, feature_attention_mask, cache)
-        logits = self.language_model.lm_head(x[torch.arange(rows, device=x.device), real.sum(-1) - 1])  # (B, V)
-        if not bool(logits.isfinite().all()):
-            bad = next((name for name, w in self.state_dict().items() if not bool(w.isfinite().all())), "none: overflow")
-            raise ValueError(f"The first logits are not finite. The first tensor that holds NaN or infinity: {bad}.")
-        cache.seen |= torch.zeros_like(logits, dtype=torch.long).scatter_add(1, input_ids.gather(1, source), real.long()) > 0
-        ends = torch.tensor(options.eos_token_id, dtype=torch.long, device=x.device)
-        finished = torch.zeros(rows, dtype=torch.bool, device=x.device)
-        for step in range(options.max_new_tokens):
-            if step:
-                cache.seen.scatter_(1, token_ids[:, None], True)
-                logits = self.decode_one_token(token_ids, cache)
-            token_ids = next_token(logits.float(), cache.seen, options).masked_fill(finished, options.pad_token_id)
+    def stream(
+        self,
+        input_ids,
+        attention_mask=None,
+        input_features=None,
+        feature_attention_mask=None,
+        cache=None,
+        past_ids=None,
+        **options,
+    ) -> Iterator[Tensor]:
+        """The new ids (B,) of each step, as soon as they are known.
+
+        Options are the fields of `GenerationConfig`; those not given are the checkpoint's.
+        A conversation goes on with its `cache` and `past_ids` (B, P), the ids that are in it.
+        """
+        options = {name: value for name, value in options.items() if value is not None}
+        options = replace(self.generation_config, **options)
+        attention_mask = check_attention_mask(attention_mask, input_ids)
+        cache = self.check_capacity(input_ids, options.max_new_tokens, cache)
+
+        x = self.prefill(input_ids, attention_mask, input_features, feature_attention_mask, cache)
+        rows, tokens = input_ids.shape
+        position = torch.arange(tokens, device=x.device)
+        last = (position * attention_mask).argmax(-1)  # (B,), each row's last real token
+        x = x[torch.arange(rows, device=x.device), last]  # (B, H)
+        logits = self.language_model.lm_head(x)  # (B, V)
+        check_finite(logits, self)
+
+        seen = mark_seen(input_ids, attention_mask, logits.shape[-1])
+        if past_ids is not None:
+            seen |= mark_seen(past_ids, torch.ones_like(past_ids), logits.shape[-1])
+        end_ids = torch.tensor(options.eos_token_id, dtype=torch.long, device=x.device)
+        ended = torch.zeros(rows, dtype=torch.bool, device=x.device)
+        for step in range(1, options.max_new_tokens + 1):
+            token_ids = next_token(logits.float(), seen, options)
+            token_ids = token_ids.masked_fill(ended, options.pad_token_id)
             yield token_ids
-            finished |= torch.isin(token_ids, ends)
-            if bool(finished.all()):
+            ended |= torch.isin(token_ids, end_ids)
+            if bool(ended.all()) or step == options.max_new_tokens:
                 return
+            seen.scatter_(1, token_ids[:, None], True)
+            logits = self.decode_one_token(token_ids, cache)
 
     def generate(self, input_ids: Tensor, *features, **options) -> Tensor:
-        """(B, T + new) ids: the prompt as given, then the new ones; arguments and errors are those of `stream`."""
-        return torch.cat([input_ids, torch.stack(list(self.stream(input_ids, *features, **options)), dim=1)], dim=1)
+        """(B, T + new) ids: the prompt as given, then the new ones. Takes what `stream` takes."""
+        new_ids = list(self.stream(input_ids, *features, **options))
+        return torch.cat([input_ids, torch.stack(new_ids, dim=1)], dim=1)
+
+    def check_capacity(
+        self, input_ids: Tensor, max_new_tokens: int, cache: KeyValueCache | None
+    ) -> KeyValueCache:
+        """The cache, or a new one; refuses a prompt and an answer that are too long for it."""
+        config = self.config.text_config
+        rows, tokens = input_ids.shape
+        limit = config.max_position_embeddings
+        if cache is not None:
+            tokens += cache.length
+            limit = cache.capacity
+        if tokens + max_new_tokens > limit:
+            raise ValueError(
+                f"The prompt's {tokens} tokens and max_new_tokens={max_new_tokens} are more than "
+                f"the model's {limit} positions; shorten the audio or lower max_new_tokens."
+            )
+        if cache is None:
+            capacity = tokens + max_new_tokens
+            cache = KeyValueCache(config, rows, capacity, self.dtype, self.device)
+        return cache
+
+
+# ---- Checks: a ValueError in one line that names the culprit and the remedy ----
+
+
+def choose_device(device_map: str | torch.device) -> str | torch.device:
+    if device_map != "auto":
+        return device_map
+    if torch.cuda.is_available():
+        return "cuda"
+    if torch.backends.mps.is_available():
+        return "mps"
+    return "cpu"
+
+
+def choose_dtype(dtype: str | torch.dtype, own_dtype: torch.dtype) -> torch.dtype:
+    """The dtype that "auto", a torch.dtype or its name stands for."""
+    if dtype == "auto":
+        return own_dtype
+    dtype = getattr(torch, str(dtype), dtype)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype is {dtype!r}; float32, bfloat16 or float16 is expected.")
+    return dtype
+
+
+def check_frame_count(is_sound: Tensor, audio_frames: Tensor) -> None:
+    tokens = int(is_sound.sum())
+    if tokens != len(audio_frames):
+        raise ValueError(
+            f"Audio tokens and features mismatch: tokens={tokens}, frames={len(audio_frames)}. "
+            "Pass the processor's input_ids together with its input_features."
+        )
+
+
+def check_attention_mask(attention_mask: Tensor | None, input_ids: Tensor) -> Tensor:
+    """The mask as (B, T) bool; without one, every token is real."""
+    if attention_mask is None:
+        return torch.ones_like(input_ids, dtype=torch.bool)
+    attention_mask = attention_mask.bool()
+    if attention_mask.shape != input_ids.shape or not bool(attention_mask.any(dim=1).all()):
+        raise ValueError(
+            "attention_mask: of input_ids' shape, with a one in every row, is expected."
+        )
+    return attention_mask
+
+
+def check_finite(logits: Tensor, model: nn.Module) -> None:
+    """Names the tensor that spoilt the logits."""
+    if bool(logits.isfinite().all()):
+        return
+    culprit = "none; a product has overflowed"
+    for name, tensor in model.state_dict().items():
+        if not bool(tensor.isfinite().all()):
+            culprit = name
+            break
+    raise ValueError(
+        f"The first logits are not finite. The first tensor with NaN or infinity: {culprit}."
+    )
+
+
+def check_generation_options(options: GenerationConfig) -> None:
+    check_number("max_new_tokens", options.max_new_tokens, int, 1, 1e9)
+    check_number("temperature", options.temperature, float, 1e-6, 1e6)
+    check_number("repetition_penalty", options.repetition_penalty, float, 1e-6, 1e6)
+    check_number("do_sample", options.do_sample, bool, 0, 1)
+    check_number("pad_token_id", options.pad_token_id, int, 0, 1e9)
+    if options.top_k is not None:
+        check_number("top_k", options.top_k, int, 0, 1e9)
+    if options.top_p is not None:
+        check_number("top_p", options.top_p, float, 1e-6, 1)
+    end_ids = options.eos_token_id
+    for end_id in end_ids if isinstance(end_ids, list) else [end_ids]:
+        check_number("eos_token_id", end_id, int, 0, 1e9)
+
+
+def check_number(name: str, value, kind: type, smallest: float, largest: float) -> None:
+    if not isinstance(value, (int, kind)) or not smallest <= value <= largest:
+        raise ValueError(
+            f"{name} is {value!r}; {kind.__name__} from {smallest:g} to {largest:g} is expected."
+        )

@@ -1,109 +1,227 @@
-"""Ask Audio Flamingo 3 about a sound: the answer goes to stdout as it is generated, what was done to stderr.
+"""Ask Audio Flamingo 3 about a recording: the answer goes to stdout as it is generated.
+
 examples:
-  python generate.py speech.wav                       transcribes, with the embedded checkpoint tiny/
+  python generate.py speech.wav                       transcribes, with the small model in tiny/
   python generate.py rain.mp3 "What sound is this?"   files other than WAV need ffmpeg
   python generate.py talk.flac "Summarize." --model nvidia/audio-flamingo-3-hf --int8
   python generate.py --chat talk.flac                 a conversation
   python generate.py a.wav recordings/ "Who speaks?"  an answer for each, as JSON lines
 """
+
 import argparse
+import dataclasses
 import os
-import signal
 import sys
-import time
-import warnings
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-if __name__ == "__main__":  # before the long imports, in which a KeyboardInterrupt is a traceback or lost
-    signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(1, b"\n") and 130))
+from plumbing import terminal
+
+if __name__ == "__main__":
+    # Before the long imports, in which Ctrl-C would leave with a traceback.
+    terminal.exit_on_interrupt()
 
 import torch
 
-from af3 import AudioFlamingo3ForConditionalGeneration, GenerationConfig
-from load_weights import load_model
-from processor import AudioFlamingo3Processor
+from af3 import (
+    AudioFlamingo3ForConditionalGeneration,
+    GenerationConfig,
+    choose_device,
+    choose_dtype,
+)
+from plumbing.audio_file import AUDIO_SUFFIXES
+from processor import AudioFlamingo3Processor, Batch, check_plain_prompt
 
-VISIBLE = {c: f"\\x{c:02x}" for c in (*range(9), *range(11, 32), *range(127, 160))}  # shown, not sent to a terminal
+TINY = Path(__file__).resolve().parent / "tiny"
+
+# Those help texts that are longer than a line.
+WORDS_HELP = """recordings (WAV, or with ffmpeg mp3, flac, ogg, m4a, opus, video), folders of them,
+and the prompt: a last word that is no file; without one, speech is transcribed"""
+THINK_HELP = """merge the AF-Think adapter in the model's directory; end the prompt with: Please
+think and reason about the input audio before you respond."""
+TOP_P_HELP = "with --sample: draw from the fewest tokens that hold P of the probability"
+PENALTY_HELP = "above 1: tokens in the prompt and in the answer so far become less likely"
+EXPLAIN_HELP = "show the way through the model as a table and a picture, then the answer"
+PROMPTS_HELP = 'read JSON lines with "audio", "prompt" and any other fields, which are kept'
+
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     add_help=False, allow_abbrev=False)
-    add = parser.add_argument
-    add("audio", nargs="?", help="a sound file: WAV, or with ffmpeg mp3, flac, ogg, m4a, opus, video")
-    add("prompt", nargs="?", help="a question or instruction; without one the speech is transcribed")
-    add("--model", default=Path(__file__).resolve().parent / "tiny", help="a directory or cached hub name (default: tiny/)")
-    add("--max-new-tokens", type=int, metavar="N", help="stop after N tokens (default: the checkpoint's, else 512)")
-    add("--device", default="auto", help="cpu, cuda or mps (default: the best there is)")
-    add("--dtype", default="auto", help="float32, bfloat16 or float16 (default: the checkpoint's own)")
-    add("--think", action="store_true", help="with the AF-Think adapter that lies in the model's directory; the prompt should "
-        "end in: Please think and reason about the input audio before you respond.")
-    add("--int8", action="store_true", help="the decoder in int8: half the memory, and on a CPU twice as fast if large")
-    add("--sample", dest="do_sample", action="store_true", default=None, help="draw tokens at random, not the likeliest")
-    add("--temperature", type=float, metavar="T", help="with --sample: above 1 bolder, below 1 safer")
-    add("--top-k", type=int, metavar="K", help="with --sample: draw from the K likeliest tokens")
-    add("--top-p", type=float, metavar="P", help="with --sample: draw from the fewest tokens that hold P of the probability")
-    add("--repetition-penalty", type=float, metavar="R", help="above 1, what was said becomes less likely")
-    add("--seed", type=int, help="makes --sample repeatable")
-    add("--quiet", action="store_true", help="nothing on stderr but errors and warnings")
-    def refuse(message: str) -> None:  # instead of argparse's usage over several lines
-        raise ValueError(f"{message}; see --help")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.error = refuse
+    add = parser.add_argument
+    flag = partial(parser.add_argument, action="store_true")
+    add("words", nargs="*", metavar="audio ... prompt", help=WORDS_HELP)
+    add("--model", default=TINY, help="a directory or cached hub name (default: tiny/)")
+    add("--device", default="auto", help="cpu, cuda or mps (default: the best available)")
+    add("--dtype", default="auto", help="float32, bfloat16 or float16 (default: the checkpoint's)")
+    flag("--int8", help="hold the decoder in int8: half the memory, and faster on a CPU if large")
+    flag("--think", help=THINK_HELP)
+    add("--max-new-tokens", type=int, metavar="N", help="stop after N tokens (default: 512)")
+    flag("--sample", dest="do_sample", help="draw tokens at random, not always the likeliest")
+    add("--temperature", type=float, metavar="T", help="with --sample: above 1 is more random")
+    add("--top-k", type=int, metavar="K", help="with --sample: draw from the K likeliest tokens")
+    add("--top-p", type=float, metavar="P", help=TOP_P_HELP)
+    add("--seed", type=int, help="makes --sample repeatable")
+    add("--repetition-penalty", type=float, metavar="R", help=PENALTY_HELP)
+    flag("--quiet", help="print nothing on stderr but errors and warnings")
+
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--chat", action="store_true", help="hold a conversation in the terminal")
+    mode.add_argument("--explain", action="store_true", help=EXPLAIN_HELP)
+    mode.add_argument("--prompts", metavar="FILE", help=PROMPTS_HELP)
+    add("--batch-size", type=int, default=8, metavar="N", help="recordings at a time (default: 8)")
+    add("--resume", metavar="FILE", help="leave out what an earlier run, `>> FILE`, has answered")
     return parser
 
-def one_line(message: object) -> str:
-    return " ".join(str(message).split()).translate(VISIBLE)
 
-def plain(prompt: str | None) -> str | None:
-    if (prompt or "").startswith("<|im_start|>"):  # which the processor would take for a finished template
-        raise ValueError("The prompt starts with <|im_start|>; ask in plain words.")
-    return prompt
+def refuse(message: str) -> None:
+    """Replaces argparse's usage message of several lines."""
+    raise ValueError(f"{message}; see --help")
 
-def model_and_options(args: argparse.Namespace) -> tuple[AudioFlamingo3ForConditionalGeneration, dict]:
-    if args.seed is not None:
-        torch.manual_seed(args.seed % 2**64)
-    options = {name: getattr(args, name) for name in GenerationConfig.__dataclass_fields__ if name in args}
-    GenerationConfig(**options)  # what is out of range is refused before the model is loaded
-    return load_model(args.model, args.device, args.dtype, args.int8, args.think), options
-
-def say(processor: AudioFlamingo3Processor, steps: Iterator[torch.Tensor], heard: str | None) -> None:
-    """Prints an answer as its steps come; then on stderr `heard` and how fast it was said, or, with None, nothing."""
-    start, times = time.perf_counter(), []
-    # each step is timed on its way to the text, which may come later: a character waits for its last byte
-    for text in processor.stream_text(times.append(time.perf_counter() - start) or ids for ids in steps):
-        print(text.translate(VISIBLE) if sys.stdout.isatty() else text, end="", flush=True)
-    print(flush=True)
-    if heard is not None:
-        rate = f", then {(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s" if len(times) > 1 else ""
-        print(f"{heard}said {len(times)} tokens: the first after {times[0]:.2f} s{rate}", file=sys.stderr)
-
-def answer(args: argparse.Namespace) -> None:
-    processor = AudioFlamingo3Processor.from_pretrained(args.model)
-    inputs = processor.apply_transcription_request(args.audio, plain(args.prompt))
-    mask, frames = inputs["feature_attention_mask"], int((inputs["input_ids"] == processor.audio_token_id).sum())
-    heard = f"heard {int(mask.sum()) / 100:.1f} s: {len(mask)} window{'s' * (len(mask) > 1)}, {frames} audio frames\n"
-    model, options = model_and_options(args)
-    say(processor, model.stream(**inputs.to(model.device), **options), None if args.quiet else heard)
 
 def main() -> int:
-    """0; 2 for bad input or too little memory, with one line `error: …`. Ctrl-C leaves with 130, what was said stays."""
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # None where closed
-    sys.stdout.reconfigure(errors="backslashreplace")  # characters that its encoding lacks
-    warnings.showwarning = lambda message, *_: print(f"warning: {one_line(message)}", file=sys.stderr)
+    """The exit status: 0, or 2 for bad input or too little memory, with one line `error: ...`.
+
+    Ctrl-C leaves with 130 and keeps what has been printed.
+    """
+    terminal.prepare_streams()
     try:
-        args, others = make_parser().parse_known_intermixed_args()  # a prompt may come after an option
-        if others or args.audio is None or os.path.isdir(args.audio) or os.path.exists(args.prompt or ""):
-            import ways  # whatever is not one sound and one answer
-            ways.main()
-        else:
-            answer(args)
-    except BrokenPipeError:  # a reader that has enough, `| head -1`, is no error
-        pass
+        run(make_parser().parse_intermixed_args())
+    except BrokenPipeError:  # the reader has enough, as in `| head -1`
+        return 0
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        hint = "shorten the audio, lower --max-new-tokens or use --int8: " if "memory" in repr(error).lower() else ""
-        print(f"error: {hint}{one_line(error)}", file=sys.stderr)
+        terminal.print_error(error)
         return 2
     return 0
 
+
+def run(args: argparse.Namespace) -> None:
+    """Does what the command line asks for."""
+    recordings, prompt = split_words(args.words, may_be_prompt=bool(args.prompts or args.chat))
+    if not (recordings or args.chat or args.prompts):
+        refuse("the following arguments are required: audio")
+    if prompt is None and not args.chat:
+        prompt = AudioFlamingo3Processor.default_transcription_prompt
+    if prompt is not None:
+        check_plain_prompt(prompt)
+    options = generation_options(args)
+    if args.chat:
+        from extras.chat import TerminalChat
+
+        processor = AudioFlamingo3Processor.from_pretrained(args.model)
+        waveforms = [processor.waveform(recording) for recording in recordings]
+        chat = TerminalChat(processor, load_model(args), waveforms, options, args.quiet)
+        chat.run(prompt)
+    elif args.explain:
+        from extras.explain import explain
+
+        if len(recordings) != 1 or os.path.isdir(recordings[0]):
+            raise ValueError("--explain takes one sound file.")
+        processor = AudioFlamingo3Processor.from_pretrained(args.model)
+        explain(processor, load_model(args), recordings[0], prompt, options)
+    elif args.prompts or len(recordings) > 1 or os.path.isdir(recordings[0]):
+        answer_many(args, recordings, prompt, options)
+    else:
+        answer_one(args, recordings[0], prompt, options)
+
+
+def split_words(words: list[str], may_be_prompt: bool) -> tuple[list[str], str | None]:
+    """Recordings and the prompt, which is a last word that is neither a file nor named like one.
+
+    may_be_prompt: a word that stands alone may be the prompt.
+    """
+    if not words or (len(words) == 1 and not may_be_prompt):
+        return words, None
+    last = words[-1]
+    named_like_a_file = " " not in last and Path(last).suffix.lower() in AUDIO_SUFFIXES
+    if os.path.exists(last) or named_like_a_file:
+        return words, None
+    return words[:-1], last
+
+
+def generation_options(args: argparse.Namespace) -> dict:
+    """The options of `generate` that were given; None where the checkpoint decides."""
+    if args.seed is not None:
+        torch.manual_seed(args.seed % 2**64)
+    options = {}
+    for option in dataclasses.fields(GenerationConfig):
+        if getattr(args, option.name, None) is not None:
+            options[option.name] = getattr(args, option.name)
+    if not args.do_sample:
+        del options["do_sample"]  # then the checkpoint decides
+    GenerationConfig(**options)  # refuses a value out of range before the model is loaded
+    return options
+
+
+def load_model(args: argparse.Namespace) -> AudioFlamingo3ForConditionalGeneration:
+    """The model, with the adapter merged and the decoder quantised where that was asked for."""
+    choose_dtype(args.dtype, torch.float32)  # refuses an unknown one before the model is loaded
+    if not (args.think or args.int8):
+        return AudioFlamingo3ForConditionalGeneration.from_pretrained(
+            args.model, args.device, args.dtype
+        )
+    # Weights are changed on the CPU, one layer at a time, before they move to the device.
+    model = AudioFlamingo3ForConditionalGeneration.from_pretrained(args.model, "cpu")
+    if args.think:
+        from extras.lora import find_think_adapter, merge_adapter
+
+        merge_adapter(model, find_think_adapter(args.model))
+    model.to(choose_dtype(args.dtype, model.dtype))
+    if args.int8:
+        from extras.quantize import quantize
+
+        quantize(model)
+    return model.to(choose_device(args.device))
+
+
+def answer_one(args: argparse.Namespace, recording: str, prompt: str, options: dict) -> None:
+    processor = AudioFlamingo3Processor.from_pretrained(args.model)
+    inputs = processor.apply_transcription_request(recording, prompt)
+    model = load_model(args)
+    timer = terminal.StepTimer()
+    steps = timer.watch(model.stream(**inputs.to(model.device), **options))
+    terminal.print_as_it_comes(processor.stream_text(steps))
+    if not args.quiet:
+        print(describe_audio(inputs, processor.audio_token_id), file=sys.stderr)
+        print(timer.summary(), file=sys.stderr)
+
+
+def describe_audio(inputs: Batch, audio_token_id: int) -> str:
+    mask = inputs["feature_attention_mask"]
+    seconds = int(mask.sum()) / 100
+    windows = "1 window" if len(mask) == 1 else f"{len(mask)} windows"
+    audio_frames = int((inputs["input_ids"] == audio_token_id).sum())
+    return f"heard {seconds:.1f} s: {windows}, {audio_frames} audio frames"
+
+
+def answer_many(args: argparse.Namespace, recordings: list, prompt: str, options: dict) -> None:
+    """Prints a JSON line for each recording; `extras/batch.py` says more."""
+    from extras import batch
+
+    terminal.exit_on_interrupt(end_line=False)  # only whole lines have been printed
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size is {args.batch_size}; at least 1 is expected.")
+    processor = AudioFlamingo3Processor.from_pretrained(args.model)
+    all_jobs = batch.read_jobs(args.prompts, recordings, prompt)
+    jobs = all_jobs
+    if args.resume and os.path.exists(args.resume):
+        jobs = batch.leave_out_answered(all_jobs, args.resume)
+        batch.end_cut_line(args.resume)
+    model = load_model(args) if jobs else None
+    progress = terminal.Progress(len(jobs), args.quiet)
+    for job in batch.answer_jobs(jobs, processor, model, args.batch_size, progress, **options):
+        print(batch.as_json_line(job), flush=True)
+    if not args.quiet:
+        answered = sum("answer" in job for job in jobs)
+        before = len(all_jobs) - len(jobs)
+        earlier = f" (and {before} before)" if before else ""
+        seconds = progress.seconds()
+        print(f"answered {answered} of {len(jobs)}{earlier} in {seconds:.1f} s", file=sys.stderr)
+
+
 if __name__ == "__main__":
-    os._exit(main())  # not sys.exit: what stdout has refused is not tried again
+    os._exit(main())  # sys.exit would try again to write what stdout has refused

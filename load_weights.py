@@ -1,177 +1,352 @@
-"""A checkpoint directory becomes a model: where it lies, what its configuration says, what its tensors are called.
-hub layout (`nvidia/audio-flamingo-3-hf`): one config.json, and safetensors that name tensors as the model does.
-original layout (`nvidia/audio-flamingo-3`): llm/, sound_tower/ and sound_mm_projector/, each with its own.
+"""Audio Flamingo 3, the checkpoint: a directory or hub name in, dictionaries and tensors out.
+
+In this order: finding the directory, reading its configuration, reading its tensors, the checks.
+This file knows nothing of the network; `from_pretrained` in af3.py and processor.py calls it.
+
+The same model is published in two layouts:
+
+    hub       nvidia/audio-flamingo-3-hf: one config.json, one set of safetensors files
+    original  nvidia/audio-flamingo-3: the folders llm/, sound_tower/ and sound_mm_projector/,
+              each with its own config.json and safetensors files, and older names
 """
+
 import json
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from af3 import (AudioFlamingo3Config, AudioFlamingo3EncoderConfig, AudioFlamingo3ForConditionalGeneration,
-                 GenerationConfig, Qwen2Config)
+ORIGINAL_FOLDERS = ("llm", "sound_tower", "sound_mm_projector")
 
-# what the network takes for granted: a config.json that says otherwise is refused by field
-FIXED = {"activation_function": "gelu", "hidden_act": "silu", "projector_hidden_act": "gelu", "projector_bias": True,
-         "scale_embedding": False, "use_sliding_window": False, "tie_word_embeddings": False, "rope_type": "default",
-         "rope_scaling": None, "num_mel_bins": 128, "max_source_positions": 1500}
-OLDER_KEYS = {"d_model": "hidden_size", "encoder_layers": "num_hidden_layers", "encoder_ffn_dim": "intermediate_size",
-              "encoder_attention_heads": "num_attention_heads"}
-# how names begin in files of peft, transformers 5 and the original layout -> how they then do; in turn, until the model's
-SPELLINGS = {"base_model.model.": "", "model.language_model.": "language_model.model.", "model.": "",
-             "lm_head.": "language_model.lm_head.", "llm.": "language_model.", "sound_tower.": "audio_tower.",
-             "audio_tower.audio_tower.": "audio_tower.", "sound_mm_projector.": "multi_modal_projector.",
-             "multi_modal_projector.layers.0": "multi_modal_projector.linear_1",
-             "multi_modal_projector.layers.2": "multi_modal_projector.linear_2"}
+# ---- Finding the directory ----
 
-# ---- Where a checkpoint lies ----
+
 def find_checkpoint(name: str | Path) -> Path:
-    """The directory `name`, or the local hub cache's snapshot of the hub model `name`. Nothing is downloaded."""
+    """The directory `name`, or the newest snapshot of hub model `name` in the local hub cache.
+
+    Nothing is downloaded. Raises FileNotFoundError with the command that does it.
+    """
     if str(name) and Path(name).is_dir():
         return Path(name)
-    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
+    cache = hub_cache()
     model = cache / f"models--{str(name).replace('/', '--')}"
-    if (main := model / "refs" / "main").is_file() and (model / "snapshots" / main.read_text().strip()).is_dir():
-        return model / "snapshots" / main.read_text().strip()
-    raise FileNotFoundError(f"{name}: no such directory, and no such model in {cache}. To fetch the official one: "
-                            "hf download nvidia/audio-flamingo-3-hf")
+    main = model / "refs" / "main"  # holds the commit hash of the newest snapshot
+    if main.is_file():
+        snapshot = model / "snapshots" / main.read_text().strip()
+        if snapshot.is_dir():
+            return snapshot
+    raise FileNotFoundError(
+        f"{name}: no such directory, and no such model in {cache}. "
+        "To download the official one: hf download nvidia/audio-flamingo-3-hf"
+    )
+
+
+def hub_cache() -> Path:
+    """The folder in which the `hf` program keeps models, as its documentation defines it."""
+    if os.environ.get("HF_HUB_CACHE"):
+        return Path(os.environ["HF_HUB_CACHE"])
+    if os.environ.get("HF_HOME"):
+        return Path(os.environ["HF_HOME"]) / "hub"
+    return Path.home() / ".cache" / "huggingface" / "hub"
+
+
+def is_original_layout(folder: Path) -> bool:
+    return (folder / "llm").is_dir()
+
 
 def tokenizer_folder(folder: Path) -> Path:
-    return folder / "llm" if (folder / "llm").is_dir() else folder
+    """Where the tokenizer's files and generation_config.json are."""
+    if is_original_layout(folder):
+        return folder / "llm"
+    return folder
 
-# ---- What its configuration says ----
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """A file's content that is not what the code inside takes it for becomes a ValueError that names the file."""
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path}: not a file.")
-    try:
-        yield
-    except Exception as error:
-        raise ValueError(str(error) if str(path) in str(error) else f"{path}: not what it should be ({error!r}).") from None
+
+# ---- Reading the configuration ----
+
+# Older names of configuration keys, as Whisper and the original layout spell them.
+OLDER_KEYS = {
+    "d_model": "hidden_size",
+    "encoder_layers": "num_hidden_layers",
+    "encoder_attention_heads": "num_attention_heads",
+    "encoder_ffn_dim": "intermediate_size",
+}
+
+
+def read_config(folder: Path, token_ids: dict[str, int]) -> dict:
+    """{"audio_config": {...}, "text_config": {...}, "audio_token_id": ...} of a checkpoint.
+
+    Keys have one spelling, whatever the layout. `token_ids` are the tokenizer's, from
+    `read_token_ids`. Raises ValueError, naming file and field, where the checkpoint needs
+    another network or another tokenizer.
+    """
+    path = folder / "config.json"
+    config = read_json(path)
+    check_model_type(config, path)
+    check_supported(config, path)
+    if is_original_layout(folder):
+        audio_path = folder / "sound_tower" / "config.json"
+        text_path = folder / "llm" / "config.json"
+        audio_config = read_json(audio_path)
+        text_config = read_json(text_path)
+    else:
+        audio_path = path
+        text_path = path
+        audio_config = config.get("audio_config", {})
+        text_config = config.get("text_config", {})
+
+    audio_config = with_one_spelling(audio_config, audio_path)
+    text_config = with_one_spelling(text_config, text_path)
+    # Where the file is silent, transformers assumes 10000, which is not Audio Flamingo 3's 1e6.
+    text_config.setdefault("rope_theta", 10000.0)
+    check_supported(audio_config, audio_path)
+    check_supported(text_config, text_path)
+    check_sizes(audio_config, audio_path)
+    check_sizes(text_config, text_path)
+
+    audio_token_id = config.get("audio_token_id", token_ids.get("<sound>"))
+    check_vocabulary(text_config.get("vocab_size"), audio_token_id, token_ids, text_path)
+    return {
+        "audio_config": audio_config,
+        "text_config": text_config,
+        "audio_token_id": audio_token_id,
+    }
+
+
+def with_one_spelling(section: dict, path: Path) -> dict:
+    """A section of a config.json: newer key names, no nested rope parameters, no empty values."""
+    with naming(path):
+        section = {**section, **(section.get("rope_parameters") or {})}
+    renamed = {}
+    for key, value in section.items():
+        if value is not None:
+            renamed[OLDER_KEYS.get(key, key)] = value
+    return renamed
+
+
+def read_generation_config(folder: Path, token_ids: dict[str, int]) -> dict:
+    """The options in generation_config.json; ids of the end and of padding that it does not
+    give are the tokenizer's."""
+    path = folder / "generation_config.json"
+    options = read_named_ids(folder, token_ids)
+    if path.exists():
+        for key, value in read_json(path).items():
+            if value is not None:
+                options[key] = value
+    return options
+
+
+def read_token_ids(folder: Path) -> dict[str, int]:
+    """The id of every token in tokenizer.json."""
+    path = folder / "tokenizer.json"
+    tokenizer = read_json(path)
+    with naming(path):
+        token_ids = dict(tokenizer["model"]["vocab"])
+        for token in tokenizer["added_tokens"]:
+            token_ids[token["content"]] = token["id"]
+    return token_ids
+
+
+def read_named_ids(folder: Path, token_ids: dict[str, int]) -> dict[str, int]:
+    """pad_token_id and eos_token_id, of the tokens that tokenizer_config.json names."""
+    path = folder / "tokenizer_config.json"
+    config = read_json(path)
+    named_ids = {}
+    for key in ("pad_token", "eos_token"):
+        token = config.get(key)
+        if isinstance(token, dict):  # a token may also be an object with its text in "content"
+            token = token.get("content")
+        check_named_token(key, token, token_ids, path)
+        named_ids[f"{key}_id"] = token_ids[token]
+    return named_ids
+
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file. Raises OSError or ValueError, naming the file."""
-    with reading(path):
-        return {**json.loads(path.read_text(encoding="utf-8"))}
+    check_is_file(path)
+    with naming(path):
+        content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: a JSON object is expected.")
+    return content
 
-def read_token_ids(folder: Path) -> dict[str, int]:
-    """Every token of tokenizer.json and its id."""
-    with reading(path := folder / "tokenizer.json"):
-        tokenizer = read_json(path)
-        return tokenizer["model"]["vocab"] | {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
 
-def named_ids(folder: Path, ids: dict[str, int]) -> dict[str, int]:
-    """The ids of the tokens that tokenizer_config.json names: pad_token_id, then eos_token_id. Refuses one not in `ids`."""
-    path, named = folder / "tokenizer_config.json", {}
-    config = read_json(path)
-    for key in ("pad_token", "eos_token"):
-        token = config.get(key)
-        token = token.get("content") if isinstance(token, dict) else token
-        if not isinstance(token, str) or not {token, "<sound>", "<|im_start|>", "<|im_end|>"} <= ids.keys():
-            raise ValueError(f"{path}: {key} is {token!r}; tokenizer.json beside it must add that, <sound> and <|im_…|>.")
-        named[f"{key}_id"] = ids[token]
-    return named
+# ---- Reading the tensors ----
 
-def known_fields(cls: type, section: dict) -> dict:
-    return {f.name: section[f.name] for f in fields(cls) if section.get(f.name) is not None}
+# How tensor names begin elsewhere, and how the same names begin in the model.
+# The hub layout has the model's own names.
+TRANSFORMERS_5_NAMES = {
+    "model.audio_tower.": "audio_tower.",
+    "model.multi_modal_projector.": "multi_modal_projector.",
+    "model.language_model.": "language_model.model.",
+    "lm_head.": "language_model.lm_head.",
+}
+ORIGINAL_NAMES = {
+    "sound_tower.audio_tower.": "audio_tower.",
+    "sound_tower.": "audio_tower.",
+    "sound_mm_projector.layers.0.": "multi_modal_projector.linear_1.",
+    "sound_mm_projector.layers.2.": "multi_modal_projector.linear_2.",  # layers.1 is the GELU
+    "llm.": "language_model.",
+}
 
-def read_section(cls: type, section: dict, path: Path):
-    """An instance of a configuration dataclass from its section of config.json, in either spelling of the keys."""
-    with reading(path):
-        section = section | (section.get("rope_parameters") or {})
-    for key, value in FIXED.items():
-        if section.get(key, value) != value:
-            raise ValueError(f"{path}: {key} is {section[key]!r}; only {value!r} is supported.")
-    config = cls(**known_fields(cls, {OLDER_KEYS.get(key, key): value for key, value in section.items()}))
-    for f in fields(cls):
-        value, most = getattr(config, f.name), 1 << (10 if "layers" in f.name else 24)
-        if type(value) not in (int, f.type) or not 0 < value <= most:
-            raise ValueError(f"{path}: {f.name} is {value!r}; {f.type.__name__} above 0 and up to {most} is expected.")
-    heads = config.num_attention_heads
-    if config.hidden_size % heads or heads % getattr(config, "num_key_value_heads", 1):
-        raise ValueError(f"{path}: hidden_size, num_attention_heads and num_key_value_heads do not divide.")
-    return config
+SHARED_MAPPING = 1 << 20  # bytes; larger tensors get a memory mapping of their own
 
-def read_config(folder: Path, ids: dict[str, int]) -> AudioFlamingo3Config:
-    """The model's configuration, in either layout, checked against `ids`, the tokenizer's."""
-    path = folder / "config.json"
-    config = read_json(path)
-    if config.get("model_type") not in ("audioflamingo3", "llava_llama"):  # hub, original
-        raise ValueError(f"{path}: model_type is {config.get('model_type')!r}; an audioflamingo3 checkpoint is expected.")
-    if (folder / "llm").is_dir():
-        audio_path, path = folder / "sound_tower" / "config.json", folder / "llm" / "config.json"
-        audio, text = read_json(audio_path), read_json(path)
-    else:
-        with reading(audio_path := path):
-            audio, text = (config | (config.get(name) or {}) for name in ("audio_config", "text_config"))
-    audio, text = read_section(AudioFlamingo3EncoderConfig, audio, audio_path), read_section(Qwen2Config, text, path)
-    sound = config.get("audio_token_id", ids.get("<sound>"))
-    if (text.vocab_size, sound) != (len(ids), ids.get("<sound>")) or {*ids.values()} != {*range(len(ids))}:
-        raise ValueError(f"{path}: vocab_size is {text.vocab_size} and <sound> is {sound}; "
-                         f"tokenizer.json beside it has {len(ids)} tokens, of which <sound> is {ids.get('<sound>')}.")
-    return AudioFlamingo3Config(audio, text, sound)
 
-def read_generation_config(folder: Path, ids: dict[str, int]) -> GenerationConfig:
-    """generation_config.json's fields; end and padding ids it does not give are the tokenizer's."""
-    with reading(path := folder / "generation_config.json"):
-        given = known_fields(GenerationConfig, read_json(path)) if path.exists() else {}
-        return GenerationConfig(**named_ids(folder, ids) | given)
+def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """(name in the model, tensor) of every tensor in the checkpoint.
 
-# ---- What its tensors are ----
-def read_tensors(folder: Path, apart: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor under the model's name for it, memory-mapped; if `apart` each by itself, so that it can leave alone."""
-    for part in ("llm", "sound_tower", "sound_mm_projector") if (folder / "llm").is_dir() else ("",):
-        index = folder / part / "model.safetensors.index.json"
-        with reading(index):
-            shards = set(map(str, read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
-        for shard in shards:
-            if not re.fullmatch(r"[^/\\]+\.safetensors", shard):
-                raise ValueError(f"{index}: names {shard!r}; names of safetensors files beside it are expected.")
-            with reading(path := folder / part / shard):
-                file = safe_open(path, "pt")
-                for name in file.keys():
-                    tensor = (safe_open(path, "pt") if apart else file).get_tensor(name)
-                    yield model_name(f"{part}.{name}".removeprefix(".")), tensor
+    Tensors are memory-mapped: a page is read from disk when it is first used. A large tensor has
+    a mapping of its own, so that its pages leave memory with it, for example when it is quantised.
+    """
+    parts = ORIGINAL_FOLDERS if is_original_layout(folder) else ("",)
+    for part in parts:
+        for path in find_shards(folder / part):
+            check_is_file(path)
+            with naming(path):
+                shard = safe_open(path, "pt")
+                for name in shard.keys():
+                    tensor = shard.get_tensor(name)
+                    if tensor.nbytes > SHARED_MAPPING:
+                        tensor = safe_open(path, "pt").get_tensor(name)
+                    full_name = f"{part}.{name}" if part else name
+                    yield model_name(full_name), tensor
+
+
+def find_shards(folder: Path) -> list[Path]:
+    """The safetensors files of a folder: those that its index names, else model.safetensors."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return [folder / "model.safetensors"]
+    weight_map = read_json(index).get("weight_map")
+    check_weight_map(weight_map, index)
+    return [folder / name for name in sorted(set(weight_map.values()))]
+
 
 def model_name(name: str) -> str:
-    for spelling, ours in SPELLINGS.items():
-        name = ours + name.removeprefix(spelling) if name.startswith(spelling) else name
+    """The model's name for a tensor that a checkpoint or an adapter spells in its own way."""
+    name = name.removeprefix("base_model.model.")  # peft wraps the model twice
+    for spelling, own in (TRANSFORMERS_5_NAMES | ORIGINAL_NAMES).items():
+        if name.startswith(spelling):
+            return own + name.removeprefix(spelling)
     return name
 
-def load_model(path: str | Path, device_map: str | torch.device = "auto", dtype: torch.dtype | str = "auto",
-               int8: bool = False, think: bool = False) -> AudioFlamingo3ForConditionalGeneration:
-    """The model of a checkpoint directory in either layout, or of a hub name; for inference.
-    device_map: "auto" is CUDA, else MPS, else the CPU. dtype: "auto" is the checkpoint's own, else a torch.dtype or its
-    name. int8: the decoder's linear layers are quantised. think: the AF-Think adapter beside the checkpoint is merged in.
-    Raises FileNotFoundError or ValueError, naming file, field or tensor; nothing half-loaded is returned.
-    """
-    folder = find_checkpoint(path)
-    if device_map == "auto":
-        device_map = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    ids = read_token_ids(tokenizer_folder(folder))
-    with torch.device("meta"):
-        model = AudioFlamingo3ForConditionalGeneration(read_config(folder, ids))
-    model.generation_config = read_generation_config(tokenizer_folder(folder), ids)
+
+# ---- Checks: a ValueError in one line that names the file ----
+
+MODEL_TYPES = ("audioflamingo3", "llava_llama")  # in the hub layout, in the original one
+
+# The network has these values built in.
+SUPPORTED = {
+    "activation_function": "gelu",
+    "hidden_act": "silu",
+    "projector_hidden_act": "gelu",
+    "projector_bias": True,
+    "scale_embedding": False,
+    "use_sliding_window": False,
+    "tie_word_embeddings": False,
+    "rope_type": "default",
+    "rope_scaling": None,
+    "num_mel_bins": 128,
+    "max_source_positions": 1500,
+}
+
+# Largest values that are taken for sizes of a real model.
+LARGEST_SIZES = {
+    "hidden_size": 1 << 24,
+    "num_hidden_layers": 1 << 10,
+    "num_attention_heads": 1 << 24,
+    "num_key_value_heads": 1 << 24,
+    "intermediate_size": 1 << 24,
+    "vocab_size": 1 << 24,
+    "max_position_embeddings": 1 << 24,
+    "rms_norm_eps": 1.0,
+    "rope_theta": 1e12,
+}
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Turns any error inside into a ValueError of one line that names `path`."""
     try:
-        model.load_state_dict(dict(read_tensors(folder, apart=int8)), strict=True, assign=True)
-        model.requires_grad_(False).eval()
-        dtype = model.dtype if dtype == "auto" else getattr(torch, str(dtype), dtype)
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16)[:3 - int8]:  # int8's products overflow in float16
-            raise ValueError(f"dtype is {dtype!r}; float32, bfloat16 or, without int8, float16 is expected.")
-        if think:
-            from ways import merge_adapter
-            merge_adapter(model, folder, dtype)
-        if int8:
-            from ways import quantise
-            quantise(model.language_model)
-        return model.to(device_map, dtype)
-    except (RuntimeError, AssertionError, ImportError) as error:  # tensors that do not fit; no such device
-        raise ValueError(f"{folder} on {device_map}: {' '.join(str(error).split())}") from None
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        if str(path) in reason:
+            raise ValueError(reason) from None
+        if not isinstance(error, (ValueError, RuntimeError, OSError)):
+            reason = f"unexpected content ({error!r})"
+        raise ValueError(f"{path}: {reason}") from None
+
+
+def check_is_file(path: Path) -> None:
+    """Refuses what exists and is no file, such as a pipe, which would be waited for."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: not a file.")
+
+
+def check_model_type(config: dict, path: Path) -> None:
+    model_type = config.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise ValueError(
+            f"{path}: model_type is {model_type!r}; an audioflamingo3 checkpoint is expected."
+        )
+
+
+def check_supported(section: dict, path: Path) -> None:
+    for key, value in SUPPORTED.items():
+        if section.get(key, value) != value:
+            raise ValueError(f"{path}: {key} is {section[key]!r}; only {value!r} is supported.")
+
+
+def check_sizes(section: dict, path: Path) -> None:
+    for key, largest in LARGEST_SIZES.items():
+        value = section.get(key, 1)
+        kinds = (int,) if isinstance(largest, int) else (int, float)
+        if type(value) not in kinds or not 0 < value <= largest:
+            kind = kinds[-1].__name__
+            raise ValueError(
+                f"{path}: {key} is {value!r}; {kind} above 0 and up to {largest} is expected."
+            )
+    hidden_size = section.get("hidden_size", 0)
+    heads = section.get("num_attention_heads", 1)
+    key_value_heads = section.get("num_key_value_heads", 1)
+    if hidden_size % heads or heads % key_value_heads:
+        raise ValueError(
+            f"{path}: hidden_size is no multiple of num_attention_heads, "
+            "or that is no multiple of num_key_value_heads."
+        )
+
+
+def check_vocabulary(vocab_size, audio_token_id, token_ids: dict[str, int], path: Path) -> None:
+    sound_id = token_ids.get("<sound>")
+    without_gaps = set(token_ids.values()) == set(range(len(token_ids)))
+    if vocab_size != len(token_ids) or audio_token_id != sound_id or not without_gaps:
+        raise ValueError(
+            f"{path}: vocab_size is {vocab_size} and <sound> is {audio_token_id}; "
+            f"tokenizer.json beside it has {len(token_ids)} tokens, "
+            f"of which <sound> is {sound_id}."
+        )
+
+
+def check_named_token(key: str, token, token_ids: dict[str, int], path: Path) -> None:
+    """Refuses a tokenizer without the token that its configuration names, or without ours."""
+    needed = [token, "<sound>", "<|im_start|>", "<|im_end|>"]
+    if not isinstance(token, str) or not all(name in token_ids for name in needed):
+        raise ValueError(
+            f"{path}: {key} is {token!r}; tokenizer.json beside it must have that token, "
+            "<sound>, <|im_start|> and <|im_end|>."
+        )
+
+
+def check_weight_map(weight_map, index: Path) -> None:
+    """Refuses file names that would lead out of the folder, and other kinds of file."""
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"[^/\\]+\.safetensors", name):
+            raise ValueError(
+                f"{index}: weight_map names {name!r}; "
+                "names of safetensors files beside the index are expected."
+            )

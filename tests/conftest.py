@@ -1,13 +1,20 @@
+"""What the tests share. One thread each: on a busy machine several wait for each other."""
+
+import os
 import shutil
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; programs inherit it
 
 import numpy as np
 import pytest
 import torch
 
 TESTS = Path(__file__).resolve().parent
-ROOT, TINY, SHARED = TESTS.parent, TESTS.parent / "tiny", TESTS.parent.parent / "shared"
+ROOT = TESTS.parent
+TINY = ROOT / "tiny"
+SHARED = ROOT.parent / "shared"
 sys.path[:0] = [str(ROOT), str(TESTS)]
 
 import generate
@@ -20,16 +27,18 @@ TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "processor_config.
 
 @pytest.fixture(scope="session")
 def micro(tmp_path_factory) -> Path:
-    """A whole checkpoint directory: seeded random weights, tiny/'s tokenizer. Copy it before you change it."""
+    """A whole checkpoint directory: seeded random weights, tiny/'s tokenizer. Not to be changed."""
     folder = tmp_path_factory.mktemp("micro")
-    for file in [*(TESTS / "micro").iterdir(), *(TINY / name for name in TOKENIZER_FILES)]:
+    for file in (TESTS / "micro").iterdir():
         shutil.copy(file, folder)
+    for name in TOKENIZER_FILES:
+        shutil.copy(TINY / name, folder)
     return folder
 
 
 @pytest.fixture
 def spoilt(micro, tmp_path) -> Path:
-    """A copy of `micro` that a test may spoil."""
+    """A copy of `micro` that a test may change."""
     return Path(shutil.copytree(micro, tmp_path / "checkpoint"))
 
 
@@ -45,13 +54,15 @@ def processor(micro):
 
 @pytest.fixture(scope="session")
 def goldens() -> dict[str, torch.Tensor]:
-    return {name: torch.from_numpy(value) for name, value in np.load(TESTS / "goldens.npz").items()}
+    """What transformers and peft answer, written by make_goldens.py."""
+    arrays = np.load(TESTS / "goldens.npz")
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 @pytest.fixture(scope="session")
 def qwen() -> Path:
     if not (SHARED / "qwen" / "tokenizer.json").exists():
-        pytest.skip("the big model's tokenizer files (../shared/qwen) are not here")
+        pytest.skip("the official tokenizer files (../shared/qwen) are not here")
     return SHARED / "qwen"
 
 
@@ -61,15 +72,19 @@ def ffmpeg() -> str:
 
 
 @pytest.fixture
-def clip(tmp_path):
+def clip(tmp_path) -> str:
+    """A file of 1.5 s."""
     return str(write_wav(tmp_path / "clip.wav", sound(24000)))
 
 
 @pytest.fixture
 def run(monkeypatch, capsys, micro):
-    """(exit status, stdout, stderr) of the command line in this process, with the micro checkpoint."""
+    """Runs the command line in this process: (exit status, stdout, stderr)."""
+
     def call(*arguments, model=micro):
-        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, arguments), "--model", str(model), "--device", "cpu"])
+        command = ["generate.py", *arguments, "--model", model, "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in command])
         status = generate.main()
         return status, *capsys.readouterr()
+
     return call

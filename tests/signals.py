@@ -1,24 +1,34 @@
-"""The sounds that tests and goldens share: made by formula, so that no recording lies in the repository."""
+"""The sounds that tests, goldens and benchmarks share. Formulas, so no recording is needed."""
+
 import wave
 from pathlib import Path
 
 import numpy as np
 
 TEXT = "What sound is this? Ünïcode, too."
-# case -> samples of each row: one conv frame odd or even, the shortest, a full window, one sample over, two windows
-CASES = {"shortest": [321], "odd": [16080], "five_seconds": [80000], "full_window": [480000], "one_sample_over": [480001],
-         "two_windows": [560123], "batch": [80000, 24161, 480001]}
+
+# Samples of each recording in a batch.
+CASES = {
+    "shortest": [321],
+    "odd": [16080],  # an odd number of conv frames
+    "five_seconds": [80000],
+    "full_window": [480000],
+    "one_sample_over": [480001],
+    "two_windows": [560123],
+    "batch": [80000, 24161, 480001],
+}
 
 
 def sound(samples: int, seed: int = 0) -> np.ndarray:
-    """A gliding tone under noise, (samples,) float32 at 16 kHz."""
-    t = np.arange(samples) / 16000
+    """A gliding tone under noise: (samples,) float32 at 16 kHz."""
+    seconds = np.arange(samples) / 16000
+    tone = np.sin(2 * np.pi * (300 + 200 * seconds) * seconds) * np.cos(seconds) ** 2
     noise = np.random.default_rng(seed + samples).standard_normal(samples)
-    return (0.3 * np.sin(2 * np.pi * (300 + 200 * t) * t) * np.cos(t) ** 2 + 0.05 * noise).astype(np.float32)
+    return (0.3 * tone + 0.05 * noise).astype(np.float32)
 
 
 def write_wav(path: Path, waveform: np.ndarray) -> Path:
-    """16 bits, mono, 16 kHz."""
+    """Writes 16 bits, mono, 16 kHz."""
     with wave.open(str(path), "wb") as file:
         file.setparams((1, 2, 16000, 0, "NONE", ""))
         file.writeframes((np.clip(waveform, -1, 1) * 32767).astype("<i2").tobytes())
@@ -26,4 +36,5 @@ def write_wav(path: Path, waveform: np.ndarray) -> Path:
 
 
 def conversation(waveform: np.ndarray, text: str = TEXT) -> list[dict]:
-    return [{"role": "user", "content": [{"type": "text", "text": text}, {"type": "audio", "audio": waveform}]}]
+    content = [{"type": "text", "text": text}, {"type": "audio", "audio": waveform}]
+    return [{"role": "user", "content": content}]

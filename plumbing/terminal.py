@@ -1,0 +1,141 @@
+"""The terminal: untrusted text, errors in one line, Ctrl-C, an answer as it comes, progress."""
+
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+
+INTERRUPTED = 130  # the exit status of a program that Ctrl-C has ended
+
+# Control characters, which could steer a terminal, and how they are shown. Tab and line end stay.
+CONTROL_CODES = [*range(9), *range(11, 32), *range(127, 160)]
+VISIBLE = {code: f"\\x{code:02x}" for code in CONTROL_CODES}
+
+
+def printable(text: str) -> str:
+    """Text from outside with its control characters made visible."""
+    return text.translate(VISIBLE)
+
+
+def one_line(message: object) -> str:
+    return printable(" ".join(str(message).split()))
+
+
+# ---- Streams ----
+
+
+def prepare_streams() -> None:
+    """Makes printing safe: closed streams, characters that the encoding lacks, warnings."""
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")
+    sys.stdin.reconfigure(errors="replace")
+    sys.stdout.reconfigure(errors="backslashreplace")
+    warnings.showwarning = print_warning
+
+
+def print_warning(message, *_) -> None:
+    print(f"warning: {one_line(message)}", file=sys.stderr)
+
+
+def print_error(error: Exception) -> None:
+    hint = ""
+    if "memory" in repr(error).lower():
+        hint = "shorten the audio, lower --max-new-tokens or use --int8: "
+    print(f"error: {hint}{one_line(error)}", file=sys.stderr)
+
+
+def has_256_colours() -> bool:
+    """Whether stdout is a terminal that shows 256 colours and Unicode, and colours are wanted."""
+    return (
+        sys.stdout.isatty()
+        and "256color" in os.environ.get("TERM", "")
+        and "NO_COLOR" not in os.environ
+        and sys.stdout.encoding.lower() == "utf-8"
+    )
+
+
+# ---- Ctrl-C ----
+
+
+def exit_on_interrupt(end_line: bool = True) -> None:
+    """From now on Ctrl-C ends the program at once, with status 130 and no traceback.
+
+    end_line: ends the line that has been printed so far.
+    """
+
+    def interrupt(*_) -> None:
+        exit_interrupted(end_line)
+
+    signal.signal(signal.SIGINT, interrupt)
+
+
+def exit_interrupted(end_line: bool = True) -> None:
+    if end_line:
+        with suppress(OSError):  # stdout may be closed or full
+            os.write(1, b"\n")
+    os._exit(INTERRUPTED)
+
+
+# ---- Answers and progress ----
+
+
+class StepTimer:
+    """Notes when each step of an answer came."""
+
+    def __init__(self):
+        self.start = time.perf_counter()
+        self.seconds = []  # from the start, one for each step
+
+    def watch(self, steps: Iterable) -> Iterator:
+        for step in steps:
+            self.seconds.append(time.perf_counter() - self.start)
+            yield step
+
+    def summary(self) -> str:
+        count = len(self.seconds)
+        first = self.seconds[0]
+        text = f"said {count} tokens: the first after {first:.2f} s"
+        if count > 1:
+            rate = (count - 1) / (self.seconds[-1] - first)
+            text += f", then {rate:.1f} tokens/s"
+        return text
+
+
+def print_as_it_comes(texts: Iterable[str]) -> None:
+    """Prints the parts of an answer and ends the line. In a terminal they are made printable."""
+    for text in texts:
+        if sys.stdout.isatty():
+            text = printable(text)
+        print(text, end="", flush=True)
+    print(flush=True)
+
+
+class Progress:
+    """A line on stderr, in a terminal only: how many are done, how fast, how long it will take."""
+
+    def __init__(self, total: int, quiet: bool = False):
+        self.total = total
+        self.shown = sys.stderr.isatty() and not quiet
+        self.start = time.perf_counter()
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start
+
+    def show(self, done: int) -> None:
+        rate = done / self.seconds()
+        left = (self.total - done) / rate
+        self.write(f"{done} of {self.total}, {rate:.2f} a second, {left:.0f} s left ")
+
+    def clear(self) -> None:
+        self.write("")
+
+    def write(self, line: str) -> None:
+        if self.shown:
+            print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
