@@ -23,11 +23,11 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 import torch
 import torch.nn.functional as F
+from ways import Int8Linear
 
 from af3 import AudioFlamingo3ForConditionalGeneration
 from processor import SAMPLE_RATE, AudioFlamingo3Processor
 from tests.signals import conversation, sound
-from ways import Int8Linear
 
 PROMPT = "Describe the audio in detail."
 

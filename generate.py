@@ -73,7 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
     mode.add_argument("--chat", action="store_true", help="hold a conversation in the terminal")
     mode.add_argument("--explain", action="store_true", help=EXPLAIN_HELP)
     mode.add_argument("--prompts", metavar="FILE", help=PROMPTS_HELP)
-    add("--batch-size", type=int, default=8, metavar="N", help="recordings at a time (default: 8)")
+    add("--batch-size", type=int, metavar="N", help="answer N recordings at a time (default: 8)")
     add("--resume", metavar="FILE", help="leave out what an earlier run, `>> FILE`, has answered")
     return parser
 
@@ -123,10 +123,17 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError("--explain takes one sound file.")
         processor = AudioFlamingo3Processor.from_pretrained(args.model)
         explain(processor, load_model(args), recordings[0], prompt, options)
-    elif args.prompts or len(recordings) > 1 or os.path.isdir(recordings[0]):
+    elif wants_json_lines(args, recordings):
         answer_many(args, recordings, prompt, options)
     else:
         answer_one(args, recordings[0], prompt, options)
+
+
+def wants_json_lines(args: argparse.Namespace, recordings: list[str]) -> bool:
+    """Whether there is more than one recording, or an option that is for many."""
+    if args.prompts or args.resume or args.batch_size is not None:
+        return True
+    return len(recordings) > 1 or os.path.isdir(recordings[0])
 
 
 def split_words(words: list[str], may_be_prompt: bool) -> tuple[list[str], str | None]:
@@ -203,8 +210,9 @@ def answer_many(args: argparse.Namespace, recordings: list, prompt: str, options
     from extras import batch
 
     terminal.exit_on_interrupt(end_line=False)  # only whole lines have been printed
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size is {args.batch_size}; at least 1 is expected.")
+    batch_size = 8 if args.batch_size is None else args.batch_size
+    if batch_size < 1:
+        raise ValueError(f"--batch-size is {batch_size}; at least 1 is expected.")
     processor = AudioFlamingo3Processor.from_pretrained(args.model)
     all_jobs = batch.read_jobs(args.prompts, recordings, prompt)
     jobs = all_jobs
@@ -213,7 +221,7 @@ def answer_many(args: argparse.Namespace, recordings: list, prompt: str, options
         batch.end_cut_line(args.resume)
     model = load_model(args) if jobs else None
     progress = terminal.Progress(len(jobs), args.quiet)
-    for job in batch.answer_jobs(jobs, processor, model, args.batch_size, progress, **options):
+    for job in batch.answer_jobs(jobs, processor, model, batch_size, progress, **options):
         print(batch.as_json_line(job), flush=True)
     if not args.quiet:
         answered = sum("answer" in job for job in jobs)

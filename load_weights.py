@@ -22,6 +22,11 @@ from torch import Tensor
 
 ORIGINAL_FOLDERS = ("llm", "sound_tower", "sound_mm_projector")
 
+# The hub repository holds the weights twice, as one file and as shards. This takes the shards.
+DOWNLOAD_COMMAND = (
+    'hf download nvidia/audio-flamingo-3-hf --include "*.json" "*.jinja" "model-*-of-*.safetensors"'
+)
+
 # ---- Finding the directory ----
 
 
@@ -41,7 +46,7 @@ def find_checkpoint(name: str | Path) -> Path:
             return snapshot
     raise FileNotFoundError(
         f"{name}: no such directory, and no such model in {cache}. "
-        "To download the official one: hf download nvidia/audio-flamingo-3-hf"
+        f"To download the official one: {DOWNLOAD_COMMAND}"
     )
 
 

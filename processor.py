@@ -248,7 +248,7 @@ class AudioFlamingo3Processor:
         folder = find_checkpoint(path)
         config_path = folder / "processor_config.json"
         config = read_json(config_path) if config_path.exists() else {}
-        if "feature_extractor" in config:
+        if config.get("feature_extractor") is not None:
             check_feature_extractor(config["feature_extractor"], config_path)
         elif (folder / "preprocessor_config.json").exists():  # an older file, which is flat
             path = folder / "preprocessor_config.json"
@@ -278,15 +278,18 @@ class AudioFlamingo3Processor:
         labels (B, T), which are -100 on audio and padding. Raises ValueError.
         """
         texts = [text] if isinstance(text, str) else list(text)
-        audios = [audio] if audio is None or is_single_audio(audio) else list(audio)
         if audio is None:
             audios = [None] * len(texts)
+        elif is_single_audio(audio):
+            audios = [audio]
+        else:
+            audios = list(audio)
         check_options(sampling_rate, padding_side, tensor_type)
         check_counts(texts, audios)
         prompts = []
         for number, (prompt, recording) in enumerate(zip(texts, audios)):
             if recording is None:
-                prompts.append(self._prompt_pieces(prompt, None))
+                prompts.append(self._prompt_pieces(prompt, num_windows=None))
                 continue
             windows = self.waveform(recording, f"Sample {number}").split(N_SAMPLES)
             pieces = self._prompt_pieces(prompt, len(windows))

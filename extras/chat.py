@@ -119,6 +119,8 @@ class TerminalChat:
         with suppress(ImportError):  # not on Windows
             import readline  # noqa: F401  gives input() a history
         signal.signal(signal.SIGINT, self.interrupt)
+        sys.stdin = sys.stdin or open(os.devnull)  # None if it is closed
+        sys.stdin.reconfigure(errors="replace")
         if sys.stdin.isatty() and not self.quiet:
             print(HELP, file=sys.stderr)
         line = first_question

@@ -36,11 +36,10 @@ def merge_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     config = read_json(config_path)
     check_adapter_config(config, config_path)
     tensors = read_adapter(folder)
-    names = {model_name(name): name for name in tensors}  # the model's name -> the adapter's
-    tensors = {model_name(name): tensor for name, tensor in tensors.items()}
-
     weights = model.state_dict()
     with naming(folder):
+        names = {model_name(name): name for name in tensors}  # the model's name -> the adapter's
+        tensors = {model_name(name): tensor for name, tensor in tensors.items()}
         for name, weight in weights.items():
             layer = name.removesuffix("weight")
             if f"{layer}lora_A.weight" in tensors and f"{layer}lora_B.weight" in tensors:

@@ -29,13 +29,10 @@ def one_line(message: object) -> str:
 
 def prepare_streams() -> None:
     """Makes printing safe: closed streams, characters that the encoding lacks, warnings."""
-    if sys.stdin is None:
-        sys.stdin = open(os.devnull)
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w")
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")
-    sys.stdin.reconfigure(errors="replace")
     sys.stdout.reconfigure(errors="backslashreplace")
     warnings.showwarning = print_warning
 
