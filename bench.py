@@ -1,16 +1,21 @@
-"""Times this project, beside transformers where that is installed, and prints one Markdown table.
+"""Times this project, beside transformers where that is installed, and prints a Markdown table.
 
-    python bench.py tiny                                        the embedded checkpoint, 5 s of sound, 20 tokens
-    python bench.py CHECKPOINT --int8 --seconds 5 30            bfloat16, then int8, each in a process of its own
+    python bench.py tiny                                   the embedded checkpoint, 5 s of audio
+    python bench.py CHECKPOINT --int8 --seconds 5 30       its own dtype, then int8
     python bench.py CHECKPOINT --seconds 30 120 300 600 --tokens 4 --rounds 3
-    pip install transformers==5.23.0 librosa                    only to see its figures: ours : theirs = ratio
+    pip install transformers==5.23.0 librosa               only for its figures, ours : theirs = ratio
 
-encoder: windows of log-mel to projected audio frames. first token: from the waveform, log-mel and encoder included.
-tokens/s: of those that follow. bare: a loop over nothing but the decoder's matrix-vector products, which every token needs;
-its bytes a second are this machine's limit, and what an answer reaches of them is the last figure of that column.
-All are medians of rounds in which both sides and the loop take turns in one process, on the same weights in memory: theirs
-are ours, so a full-size model fits once. The peak is this project's alone, taken before transformers is imported.
+encoder      from log-mel windows to projected audio frames
+first token  from the waveform, log-mel and encoder included
+tokens/s     of those after the first
+GB/s of      the decoder's weights read in a second, beside a loop over nothing but the decoder's
+baseline     matrix-vector products, which every token needs
+peak         memory of this project alone, taken before transformers is imported
+
+Times are medians over rounds in which both sides and the loop take turns, in one process and on
+the same tensors, so that a model of full size is in memory once.
 """
+
 import argparse
 import multiprocessing
 import resource
@@ -23,28 +28,45 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 import torch
 import torch.nn.functional as F
-from ways import Int8Linear
 
-from af3 import AudioFlamingo3ForConditionalGeneration
+from af3 import AudioFlamingo3ForConditionalGeneration, choose_device
+from extras.quantize import Int8Linear, quantize
 from processor import SAMPLE_RATE, AudioFlamingo3Processor
 from tests.signals import conversation, sound
 
 PROMPT = "Describe the audio in detail."
 
+COLUMNS = [
+    "checkpoint",
+    "decoder",
+    "audio",
+    "encoder, s",
+    "first token, s",
+    "tokens/s",
+    "GB/s of baseline",
+    "peak",
+]
+
+
+# ---- The two sides ----
+
 
 class Ours:
     def __init__(self, model: AudioFlamingo3ForConditionalGeneration, checkpoint: str):
-        self.model, self.processor = model, AudioFlamingo3Processor.from_pretrained(checkpoint)
+        self.model = model
+        self.processor = AudioFlamingo3Processor.from_pretrained(checkpoint)
 
     def inputs(self, waveform: np.ndarray) -> dict:
         return self.processor(PROMPT, waveform).to(self.model.device)
 
     def encode(self, inputs: dict) -> torch.Tensor:
-        return self.model.get_audio_features(inputs["input_features"], inputs["feature_attention_mask"])
+        return self.model.get_audio_features(
+            inputs["input_features"], inputs["feature_attention_mask"]
+        )
 
-    def answer(self, inputs: dict, tokens: int, said: Callable[[], None]) -> None:
+    def answer(self, inputs: dict, tokens: int, on_token: Callable[[], None]) -> None:
         for _ in self.model.stream(**inputs, max_new_tokens=tokens, eos_token_id=[]):
-            said()
+            on_token()
 
 
 class Theirs:
@@ -52,127 +74,258 @@ class Theirs:
 
     def __init__(self, model: AudioFlamingo3ForConditionalGeneration, checkpoint: str):
         import transformers
+
         transformers.logging.set_verbosity_error()
         config = transformers.AutoConfig.from_pretrained(checkpoint)
         with torch.device("meta"):
-            self.model = transformers.AudioFlamingo3ForConditionalGeneration._from_config(config, dtype=model.dtype).eval()
-        weights = {"model." + name: tensor for name, tensor in model.state_dict().items()}
-        moved = {"model.language_model.model.": "model.language_model.", "model.language_model.lm_head.": "lm_head."}
-        for old, new in moved.items():
-            weights = {name.replace(old, new): tensor for name, tensor in weights.items()}
+            self.model = transformers.AudioFlamingo3ForConditionalGeneration._from_config(
+                config, dtype=model.dtype
+            )
+        weights = {their_name(name): tensor for name, tensor in model.state_dict().items()}
         self.model.load_state_dict(weights, assign=True)
-        decoder = self.model.model.language_model  # its rotary frequencies are in no checkpoint
+        self.model.eval()
+        # The rotary frequencies are in no checkpoint, so they are still on the meta device.
+        decoder = self.model.model.language_model
         decoder.rotary_emb = type(decoder.rotary_emb)(config.text_config).to(model.device)
         self.processor = transformers.AutoProcessor.from_pretrained(checkpoint)
 
     def inputs(self, waveform: np.ndarray) -> dict:
-        return self.processor.apply_chat_template(conversation(waveform, PROMPT), tokenize=True, return_dict=True,
-                                                  add_generation_prompt=True).to(self.model.device, self.model.dtype)
+        batch = self.processor.apply_chat_template(
+            conversation(waveform, PROMPT),
+            tokenize=True,
+            return_dict=True,
+            add_generation_prompt=True,
+        )
+        return batch.to(self.model.device, self.model.dtype)
 
     def encode(self, inputs: dict) -> torch.Tensor:
-        return self.model.get_audio_features(inputs["input_features"], inputs["input_features_mask"])
+        return self.model.get_audio_features(
+            inputs["input_features"], inputs["input_features_mask"]
+        )
 
-    def answer(self, inputs: dict, tokens: int, said: Callable[[], None]) -> None:
-        streamer = type("Streamer", (), {"put": lambda self, ids: said() if ids.ndim == 1 else None, "end": lambda self: None})
-        self.model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, streamer=streamer())
+    def answer(self, inputs: dict, tokens: int, on_token: Callable[[], None]) -> None:
+        self.model.generate(
+            **inputs,
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
+            streamer=Streamer(on_token),
+        )
 
 
-def finish(device: torch.device) -> float:
+class Streamer:
+    """Calls a function for each new token, and not for the prompt, which comes first."""
+
+    def __init__(self, on_token: Callable[[], None]):
+        self.on_token = on_token
+
+    def put(self, ids: torch.Tensor) -> None:
+        if ids.ndim == 1:
+            self.on_token()
+
+    def end(self) -> None:
+        pass
+
+
+def their_name(name: str) -> str:
+    """transformers' name for one of our tensors."""
+    if name.startswith("language_model.lm_head."):
+        return name.removeprefix("language_model.")
+    return "model." + name.replace("language_model.model.", "language_model.")
+
+
+# ---- Timing ----
+
+
+def now(device: torch.device) -> float:
+    """The time when the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def time_side(side: Ours | Theirs, waveform: np.ndarray, tokens: int) -> tuple[float, float, float]:
-    """Seconds of the encoder, to the first token, and of each further token."""
-    device, inputs = side.model.device, side.inputs(waveform)
-    start = finish(device)
+def time_side(side: Ours | Theirs, waveform: np.ndarray, tokens: int) -> dict[str, float]:
+    """Seconds of the encoder, up to the first token, and for each further token."""
+    device = side.model.device
+    inputs = side.inputs(waveform)
+    start = now(device)
     side.encode(inputs)
-    encoder, said = finish(device) - start, []
-    start = finish(device)
-    side.answer(side.inputs(waveform), tokens, lambda: said.append(finish(device)))
-    return encoder, said[0] - start, (said[-1] - said[0]) / (len(said) - 1)
+    encoder = now(device) - start
+
+    token_times = []
+    start = now(device)
+    side.answer(side.inputs(waveform), tokens, lambda: token_times.append(now(device)))
+    decoding = token_times[-1] - token_times[0]
+    return {
+        "encoder": encoder,
+        "first token": token_times[0] - start,
+        "each token": decoding / (len(token_times) - 1),
+    }
 
 
-def bare_loop(model: AudioFlamingo3ForConditionalGeneration) -> tuple[Callable[[], None], int]:
-    """A call of the decoder's matrix-vector products and nothing else, and the bytes of their matrices."""
-    products = [m for m in model.language_model.modules() if isinstance(m, torch.nn.Linear | Int8Linear)]
-    inputs = [torch.randn(1, m.weight.shape[1], dtype=model.dtype, device=model.device) for m in products]
+class Baseline:
+    """The decoder's matrix-vector products and nothing else: what every token needs."""
 
-    def call() -> None:
-        for module, x in zip(products, inputs):
-            module(x) if isinstance(module, Int8Linear) else F.linear(x, module.weight)
-    return call, sum(m.weight.numel() * m.weight.element_size() for m in products)
+    def __init__(self, model: AudioFlamingo3ForConditionalGeneration):
+        self.device = model.device
+        self.products = []
+        self.num_bytes = 0
+        for module in model.language_model.modules():
+            if isinstance(module, (torch.nn.Linear, Int8Linear)):
+                width = module.weight.shape[1]
+                x = torch.randn(1, width, dtype=model.dtype, device=model.device)
+                self.products.append((module, x))
+                self.num_bytes += module.weight.nbytes
+
+    def run(self) -> None:
+        for module, x in self.products:
+            if isinstance(module, Int8Linear):
+                module(x)
+            else:
+                F.linear(x, module.weight)
+
+    def seconds(self, times: int) -> float:
+        start = now(self.device)
+        for _ in range(times):
+            self.run()
+        return (now(self.device) - start) / times
+
+
+def peak_memory(device: torch.device) -> float:
+    """In GB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def load_model(args: argparse.Namespace, int8: bool) -> AudioFlamingo3ForConditionalGeneration:
+    load = AudioFlamingo3ForConditionalGeneration.from_pretrained
+    if not int8:
+        return load(args.checkpoint, args.device, args.dtype)
+    model = quantize(load(args.checkpoint, "cpu", args.dtype))
+    return model.to(choose_device(args.device))
 
 
 @torch.inference_mode()
 def measure(args: argparse.Namespace, int8: bool) -> tuple[list[str], torch.Tensor]:
-    """The table's rows of one kind of weights, one for each length of sound, and the logits after the last prompt."""
-    model = AudioFlamingo3ForConditionalGeneration.from_pretrained(args.checkpoint, args.device, args.dtype, int8)
-    sides, peaks = [Ours(model, args.checkpoint)], []
-    bare, size = bare_loop(model)
-    for seconds in args.seconds:  # a first time without company, which also warms up
-        time_side(sides[0], sound(round(seconds * SAMPLE_RATE)), args.tokens)
-        peaks.append(torch.cuda.max_memory_allocated() / 1e9 if model.device.type == "cuda"
-                     else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
+    """A row of the table for each length of audio, and the logits at the end of a prompt."""
+    model = load_model(args, int8)
+    ours = Ours(model, args.checkpoint)
+    waveforms = [sound(round(seconds * SAMPLE_RATE)) for seconds in args.seconds]
+    peaks = []
+    for waveform in waveforms:  # this also warms up
+        time_side(ours, waveform, args.tokens)
+        peaks.append(peak_memory(model.device))
+    sides = [ours]
     if not args.alone and not int8:
         try:
             sides.append(Theirs(model, args.checkpoint))
         except ImportError:
-            pass
+            print("Without transformers: pip install transformers==5.23.0", file=sys.stderr)
+
     rows = []
-    for seconds, peak in zip(args.seconds, peaks):
-        rounds, loops = [[] for _ in sides], []
+    baseline = Baseline(model)
+    for seconds, waveform, peak in zip(args.seconds, waveforms, peaks):
+        times = [[] for _ in sides]
+        baseline_times = []
         for _ in range(args.rounds):
-            for side, times in zip(sides, rounds):
-                times.append(time_side(side, sound(round(seconds * SAMPLE_RATE)), args.tokens))
-            start = finish(model.device)
-            for _ in range(args.tokens - 1):
-                bare()
-            loops.append((finish(model.device) - start) / (args.tokens - 1))
-        encoder, first, each = zip(*([statistics.median(column) for column in zip(*times)] for times in rounds))
-        loop = statistics.median(loops)
-        cells = [args.checkpoint, "int8" if int8 else str(model.dtype)[6:], f"{seconds:g} s", compare(encoder), compare(first),
-                 compare([1 / token for token in each], more_is_better=True),
-                 f"{size / each[0] / 1e9:.1f} of {size / loop / 1e9:.1f} = {loop / each[0]:.0%}", f"{peak:.2f} GB"]
+            for number, side in enumerate(sides):
+                times[number].append(time_side(side, waveform, args.tokens))
+            baseline_times.append(baseline.seconds(args.tokens - 1))
+        cells = [args.checkpoint, decoder_name(model, int8), f"{seconds:g} s"]
+        cells += timing_cells(times)
+        each = statistics.median(round_times["each token"] for round_times in times[0])
+        cells.append(bandwidth_cell(baseline.num_bytes, each, statistics.median(baseline_times)))
+        cells.append(f"{peak:.2f} GB")
         rows.append("| " + " | ".join(cells) + " |")
-    x, real, _ = model.prefill(**sides[0].inputs(sound(round(args.seconds[0] * SAMPLE_RATE))))
-    return rows, model.language_model.lm_head(x[0, real[0]][-16:]).float().cpu()
+    return rows, last_logits(ours, waveforms[0])
+
+
+def last_logits(ours: Ours, waveform: np.ndarray) -> torch.Tensor:
+    """(16, V), of the last positions of the prompt."""
+    inputs = ours.inputs(waveform)
+    inputs["attention_mask"] = inputs["attention_mask"].bool()
+    states = ours.model.prefill(**inputs)
+    return ours.model.language_model.lm_head(states[0, -16:]).float().cpu()
+
+
+# ---- The table ----
+
+
+def decoder_name(model: AudioFlamingo3ForConditionalGeneration, int8: bool) -> str:
+    if int8:
+        return "int8"
+    return str(model.dtype).removeprefix("torch.")
+
+
+def timing_cells(times: list[list[dict]]) -> list[str]:
+    """Cells for the encoder, the first token and tokens/s, from each side's rounds."""
+    medians = []
+    for rounds in times:
+        names = rounds[0].keys()
+        medians.append({name: statistics.median(r[name] for r in rounds) for name in names})
+    return [
+        compare([side["encoder"] for side in medians]),
+        compare([side["first token"] for side in medians]),
+        compare([1 / side["each token"] for side in medians], more_is_better=True),
+    ]
 
 
 def compare(values: list[float], more_is_better: bool = False) -> str:
-    """Ours, and where transformers took part `ours : theirs = how many times better`."""
-    texts = [f"{value:.3g}" for value in values]
+    """Our value, or `ours : theirs = how many times better`."""
     if len(values) == 1:
-        return texts[0]
-    ratio = values[0] / values[1] if more_is_better else values[1] / values[0]
-    return f"{texts[0]} : {texts[1]} = {ratio:.2f}"
+        return f"{values[0]:.3g}"
+    ours, theirs = values
+    if more_is_better:
+        ratio = ours / theirs
+    else:
+        ratio = theirs / ours
+    return f"{ours:.3g} : {theirs:.3g} = {ratio:.2f}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def bandwidth_cell(num_bytes: int, seconds: float, baseline_seconds: float) -> str:
+    reached = num_bytes / seconds / 1e9
+    baseline = num_bytes / baseline_seconds / 1e9
+    return f"{reached:.1f} of {baseline:.1f} = {reached / baseline:.0%}"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint")
     parser.add_argument("--seconds", type=float, nargs="+", default=[5])
     parser.add_argument("--tokens", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--int8", action="store_true", help="a second time with the decoder in int8")
+    parser.add_argument("--int8", action="store_true", help="again with the decoder in int8")
     parser.add_argument("--alone", action="store_true", help="without transformers")
     args = parser.parse_args()
-    if args.tokens < 2 or args.rounds < 1 or not all(0.03 <= seconds <= 600 for seconds in args.seconds):
-        parser.error("--tokens of 2 or more, --rounds of 1 or more and --seconds from 0.03 to 600 are expected")
-    print("| checkpoint | decoder | sound | encoder, s | first token, s | tokens/s | GB/s of bare | peak |\n" + "|---" * 8 + "|")
+    if args.tokens < 2 or args.rounds < 1:
+        parser.error("--tokens of 2 or more and --rounds of 1 or more are expected")
+    if not all(0.03 <= seconds <= 600 for seconds in args.seconds):
+        parser.error("--seconds from 0.03 to 600 are expected")
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    print("| " + " | ".join(COLUMNS) + " |")
+    print("|---" * len(COLUMNS) + "|", flush=True)
     logits = []
-    for int8 in [False, True][:1 + args.int8]:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+    for int8 in [False, True] if args.int8 else [False]:
+        # A process of its own for each, so that the peaks are apart.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(max_workers=1, mp_context=context) as process:
             rows, last = process.submit(measure, args, int8).result()
-        print(*rows, sep="\n", flush=True)
+        print("\n".join(rows), flush=True)
         logits.append(last)
     if args.int8:
         error = (logits[1] - logits[0]).norm() / logits[0].norm()
-        print(f"\nint8 logits, the prompt's last 16 positions: {error:.2%} from the others (norm of the difference over norm)")
+        print("\nDistance of the int8 logits at the last 16 positions of the prompt,")
+        print(f"norm of the difference over norm: {error:.2%}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
