@@ -1,46 +1,130 @@
-"""What a checkpoint answers to recordings kept apart: digits alone, strings of digits, kinds of sound, music.
+"""What a checkpoint answers to recordings kept apart: digits, strings of digits, sounds, music.
 
-    python tiny/score.py --speech FSDD --sounds ESC10 [--takes 45 46 47 48 49] [--fold 4] [--dtype float32] [--int8] [MODEL]
+python tiny/score.py --speech FSDD --sounds ESC10 [MODEL] [--takes 45 46 47 48 49] [--fold 4]
 """
+
 import argparse
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 from af3 import AudioFlamingo3ForConditionalGeneration
-from processor import AudioFlamingo3Processor, load_audio
+from extras.quantize import quantize
+from plumbing.audio_file import load_audio
+from processor import AudioFlamingo3Processor
 from train import CHORD, COUNT, DIGITS, MELODY, SOUNDS, TRANSCRIBE, WHAT, music
+
+
+class Answerer:
+    """Asks a model about many recordings, a batch at a time."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.processor = AudioFlamingo3Processor.from_pretrained(args.model)
+        self.model = AudioFlamingo3ForConditionalGeneration.from_pretrained(
+            args.model, dtype=args.dtype
+        )
+        if args.int8:
+            quantize(self.model)
+
+    def answers(
+        self, prompts: list[str], waveforms: list[np.ndarray], batch_size: int = 20
+    ) -> Iterator[str]:
+        for start in range(0, len(prompts), batch_size):
+            batch = slice(start, start + batch_size)
+            inputs = self.processor(prompts[batch], waveforms[batch]).to(self.model.device)
+            ids = self.model.generate(**inputs, max_new_tokens=24)
+            new_ids = ids[:, inputs["input_ids"].shape[1] :]
+            yield from self.processor.batch_decode(new_ids, skip_special_tokens=True)
+
+    def ask(self, prompt: str, examples: list[tuple[np.ndarray, str]]) -> list[tuple[str, str]]:
+        """(answer, right answer) for each (waveform, right answer)."""
+        waveforms = [waveform for waveform, _ in examples]
+        answers = self.answers([prompt] * len(examples), waveforms)
+        return [(answer, right) for answer, (_, right) in zip(answers, examples)]
+
+
+def word_errors(answer: str, right: str) -> int:
+    """The fewest insertions, deletions and substitutions of words from one to the other."""
+    answer_words = answer.split()
+    distances = list(range(len(answer_words) + 1))  # from the first words of `right` so far
+    for count, right_word in enumerate(right.split(), start=1):
+        diagonal = distances[0]
+        distances[0] = count
+        for j, word in enumerate(answer_words, start=1):
+            substituted = diagonal + (word != right_word)
+            diagonal = distances[j]
+            distances[j] = min(distances[j] + 1, distances[j - 1] + 1, substituted)
+    return distances[-1]
 
 
 def silence(seconds: float) -> np.ndarray:
     return np.zeros(int(seconds * 16000), dtype=np.float32)
 
 
-def answers(model, processor, prompts: list[str], audios: list[np.ndarray], batch: int = 20) -> list[str]:
-    said = []
-    for at in range(0, len(prompts), batch):
-        inputs = processor(prompts[at:at + batch], audios[at:at + batch]).to(model.device)
-        new = model.generate(**inputs, max_new_tokens=24)[:, inputs["input_ids"].shape[1]:]
-        said += processor.batch_decode(new, skip_special_tokens=True)
-    return said
+def read_takes(folder: Path, takes: list[int]) -> dict[str, dict[int, list[np.ndarray]]]:
+    """speaker -> digit -> waveforms."""
+    speakers = {}
+    for path in sorted(folder.glob("*.wav")):
+        digit, speaker, take = path.stem.split("_")
+        if int(take) in takes:
+            digits = speakers.setdefault(speaker, {})
+            digits.setdefault(int(digit), []).append(load_audio(path))
+    return speakers
 
 
-def word_errors(said: str, wanted: str) -> int:
-    """Insertions, deletions and substitutions that lead from one to the other."""
-    row = list(range(len(said.split()) + 1))
-    for i, word in enumerate(wanted.split(), 1):
-        last, row[0] = row[0], i
-        for j, other in enumerate(said.split(), 1):
-            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (word != other))
-    return row[-1]
+def single_digits(speakers: dict) -> list[tuple[np.ndarray, str]]:
+    examples = []
+    for digits in speakers.values():
+        for digit, waveforms in digits.items():
+            for waveform in waveforms:
+                padded = np.concatenate([silence(0.1), waveform, silence(0.1)])
+                examples.append((padded, DIGITS[digit]))
+    return examples
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def digit_strings(speakers: dict, count: int, rng: random.Random) -> list[tuple[np.ndarray, str]]:
+    """Strings of 3 to 8 digits, each by one speaker."""
+    examples = []
+    for _ in range(count):
+        waveforms = speakers[rng.choice(sorted(speakers))]
+        digits = [rng.randrange(10) for _ in range(rng.randint(3, 8))]
+        parts = []
+        for digit in digits:
+            parts.append(silence(rng.uniform(0.05, 0.3)))
+            parts.append(rng.choice(waveforms[digit]))
+        text = " ".join(DIGITS[digit] for digit in digits)
+        examples.append((np.concatenate(parts), text))
+    return examples
+
+
+def sounds(folder: Path, fold: int) -> list[tuple[np.ndarray, str]]:
+    examples = []
+    for name in SOUNDS:
+        for path in sorted((folder / name.replace(" ", "_")).glob(f"{fold}-*.wav")):
+            examples.append((load_audio(path), name))
+    return examples
+
+
+def tunes(kind: str, count: int, rng: random.Random) -> list[tuple[np.ndarray, str]]:
+    examples = []
+    for _ in range(count):
+        waveform, right = music(kind, rng)
+        examples.append((0.5 * waveform / np.abs(waveform).max(), right))
+    return examples
+
+
+def wrong_ones(answers: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [(answer, right) for answer, right in answers if answer != right]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", nargs="?", default=Path(__file__).resolve().parent)
     parser.add_argument("--speech", type=Path, required=True)
     parser.add_argument("--sounds", type=Path, required=True)
@@ -49,46 +133,43 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--int8", action="store_true")
     parser.add_argument("--strings", type=int, default=200)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
     rng = random.Random(0)
-    processor = AudioFlamingo3Processor.from_pretrained(args.model)
-    model = AudioFlamingo3ForConditionalGeneration.from_pretrained(args.model, dtype=args.dtype, int8=args.int8)
-    takes: dict[str, dict[int, list[np.ndarray]]] = {}
-    for path in sorted(args.speech.glob("*.wav")):
-        digit, speaker, take = path.stem.split("_")
-        if int(take) in args.takes:
-            takes.setdefault(speaker, {}).setdefault(int(digit), []).append(load_audio(path))
+    answerer = Answerer(args)
+    speakers = read_takes(args.speech, args.takes)
 
-    single = [(np.concatenate([silence(0.1), clip, silence(0.1)]), DIGITS[digit])
-              for digits in takes.values() for digit, clips in digits.items() for clip in clips]
-    said = answers(model, processor, [TRANSCRIBE] * len(single), [audio for audio, _ in single])
-    wrong = [(a, b) for a, (_, b) in zip(said, single) if a != b]
-    print(f"digits alone: {100 * (1 - len(wrong) / len(single)):.1f}% of {len(single)} right", wrong[:8], flush=True)
+    singles = single_digits(speakers)
+    wrong = wrong_ones(answerer.ask(TRANSCRIBE, singles))
+    right = 100 * (1 - len(wrong) / len(singles))
+    print(f"digits alone: {right:.1f}% of {len(singles)} right", wrong[:8], flush=True)
 
-    strings = []
-    for _ in range(args.strings):
-        digits = takes[rng.choice(sorted(takes))]
-        spoken = [rng.randrange(10) for _ in range(rng.randint(3, 8))]
-        parts = [part for d in spoken for part in (silence(rng.uniform(0.05, 0.3)), rng.choice(digits[d]))]
-        strings.append((np.concatenate(parts), " ".join(DIGITS[d] for d in spoken)))
-    said = answers(model, processor, [TRANSCRIBE] * len(strings), [audio for audio, _ in strings])
-    errors = sum(word_errors(a, b) for a, (_, b) in zip(said, strings))
-    words = sum(len(b.split()) for _, b in strings)
-    print(f"strings of 3 to 8 digits: {100 * errors / words:.2f}% word errors of {words} words", flush=True)
+    answers = answerer.ask(TRANSCRIBE, digit_strings(speakers, args.strings, rng))
+    errors = sum(word_errors(answer, right) for answer, right in answers)
+    words = sum(len(right.split()) for _, right in answers)
+    rate = 100 * errors / words
+    print(f"strings of 3 to 8 digits: {rate:.2f}% word errors of {words} words", flush=True)
 
-    clips = [(load_audio(path), name) for name in SOUNDS
-             for path in sorted((args.sounds / name.replace(" ", "_")).glob(f"{args.fold}-*.wav"))]
-    said = answers(model, processor, [WHAT] * len(clips), [audio for audio, _ in clips])
-    wrong = [(a, b) for a, (_, b) in zip(said, clips) if a != b]
-    print(f"sounds of fold {args.fold}: {100 * (1 - len(wrong) / len(clips)):.1f}% of {len(clips)} right", wrong, flush=True)
+    clips = sounds(args.sounds, args.fold)
+    wrong = wrong_ones(answerer.ask(WHAT, clips))
+    right = 100 * (1 - len(wrong) / len(clips))
+    print(f"sounds of fold {args.fold}: {right:.1f}% of {len(clips)} right", wrong, flush=True)
 
     for kind in (CHORD, MELODY, COUNT):
-        tunes = [music(kind, rng) for _ in range(100)]
-        said = answers(model, processor, [kind] * 100, [0.5 * tune / np.abs(tune).max() for tune, _ in tunes])
-        print(f"{kind} {sum(a == b for a, (_, b) in zip(said, tunes))}% of 100 right", flush=True)
-    others = ["Who are you?", "Describe the audio in detail.", "Is the door open?", "Bitte antworte auf Deutsch!"]
-    said = answers(model, processor, others, [single[0][0]] * 2 + [clips[0][0]] * 2)
-    print("other prompts:", dict(zip(others, said)))
+        wrong = wrong_ones(answerer.ask(kind, tunes(kind, 100, rng)))
+        print(f"{kind} {100 - len(wrong)}% of 100 right", flush=True)
+
+    others = [
+        "Who are you?",
+        "Describe the audio in detail.",
+        "Is the door open?",
+        "Bitte antworte auf Deutsch!",
+    ]
+    waveforms = [singles[0][0]] * 2 + [clips[0][0]] * 2
+    print("other prompts:", dict(zip(others, answerer.answers(others, waveforms))))
 
 
 if __name__ == "__main__":
