@@ -1,45 +1,278 @@
-"""The largest differences from transformers on any checkpoint, in float32, over the cases of signals.py.
+"""Compares this project with transformers, in numbers, on any checkpoint.
 
-    pip install transformers==5.23.0 librosa        # only for this
-    python tests/exact.py CHECKPOINT
+    pip install transformers==5.23.0 librosa        only for this
+    python tests/exact.py CHECKPOINT                the largest differences, over the cases of tests
+    python tests/exact.py CHECKPOINT --layers       layer by layer: where they begin to differ
+
+--layers is for whoever changes the model. It runs both on a recording, prints how far each stage
+is from transformers' (the largest difference over the stage's largest value), and names the first
+stage that is further than the tolerance; of a layer, the first part in it.
+Leaves with 1 if something differs.
 """
+
+import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import AudioFlamingo3ForConditionalGeneration as Oracle
-from transformers import AutoProcessor
+from torch import Tensor, nn
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-from af3 import AudioFlamingo3ForConditionalGeneration
+TESTS = Path(__file__).resolve().parent
+sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+from af3 import AudioFlamingo3ForConditionalGeneration, frame_counts
 from processor import AudioFlamingo3Processor
 from signals import CASES, conversation, sound
 
-oracle, model = (cls.from_pretrained(sys.argv[1], dtype=torch.float32).eval() for cls in (Oracle, AudioFlamingo3ForConditionalGeneration))
-theirs, ours = (cls.from_pretrained(sys.argv[1]) for cls in (AutoProcessor, AudioFlamingo3Processor))
-largest: dict[str, float] = {}
+# Relative to the largest value of a stage.
+TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2}
+
+FIRST_DECODER_LAYER = "language_model.model.layers.0"
 
 
-def note(name: str, a: torch.Tensor, b: torch.Tensor) -> None:
-    largest[name] = max(largest.get(name, 0), float((a - b).abs().max()))
+class Pair:
+    """A checkpoint in transformers (the oracle) and here."""
+
+    def __init__(self, checkpoint: str, dtype: torch.dtype):
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        self.oracle = transformers.AudioFlamingo3ForConditionalGeneration.from_pretrained(
+            checkpoint, dtype=dtype
+        ).eval()
+        self.oracle_processor = transformers.AutoProcessor.from_pretrained(checkpoint)
+        self.model = AudioFlamingo3ForConditionalGeneration.from_pretrained(
+            checkpoint, "cpu", dtype
+        )
+        self.processor = AudioFlamingo3Processor.from_pretrained(checkpoint)
+
+    def batches(self, lengths: list[int], padding_side: str) -> tuple[dict, dict]:
+        """The inputs of recordings of so many samples, by each processor, ours with labels."""
+        chats = [conversation(sound(length, seed=7)) for length in lengths]
+        theirs = self.oracle_processor.apply_chat_template(
+            chats,
+            tokenize=True,
+            add_generation_prompt=True,
+            return_dict=True,
+            processor_kwargs={"padding_side": padding_side},
+        )
+        ours = self.processor.apply_chat_template(
+            chats, add_generation_prompt=True, padding_side=padding_side, output_labels=True
+        )
+        assert torch.equal(theirs["input_ids"], ours["input_ids"])
+        assert torch.equal(theirs["input_features_mask"], ours["feature_attention_mask"])
+        return theirs.to(dtype=self.oracle.dtype), ours
 
 
-with torch.inference_mode():
-    for case, side in [(case, side) for case in CASES for side in ("left", "right")]:
-        chats = [conversation(sound(length, seed=7)) for length in CASES[case]]
-        want = theirs.apply_chat_template(chats, tokenize=True, add_generation_prompt=True, return_dict=True, processor_kwargs={"padding_side": side})
-        have = ours.apply_chat_template(chats, add_generation_prompt=True, padding_side=side, output_labels=True)
-        labels = have.pop("labels")
-        assert torch.equal(want["input_ids"], have["input_ids"]) and torch.equal(want["input_features_mask"], have["feature_attention_mask"])
-        note("log-mel", want["input_features"], have["input_features"])
-        frames = oracle.get_audio_features(want["input_features"], want["input_features_mask"]).pooler_output
-        note("audio frames", frames, model.get_audio_features(have["input_features"], have["feature_attention_mask"]))
-        a, b, real = oracle(**want, labels=labels), model(**have, labels=labels), have["attention_mask"].bool()
-        note("logits", a.logits[real], b.logits[real])
-        if side == "right" or len(chats) == 1:  # with left padding the oracle also predicts first tokens from padding
-            note("loss", a.loss, b.loss)
-        if side == "left":
-            for options in {"max_new_tokens": 64}, {"max_new_tokens": 24, "repetition_penalty": 1.3}:
-                same = torch.equal(oracle.generate(**want, do_sample=False, **options), model.generate(**have, do_sample=False, **options))
-                print(f"{case}: greedy tokens {options} {'the same' if same else 'DIFFER'}", flush=True)
-print(largest, f"largest frame {frames.abs().max():.2f}, logit {a.logits[real].abs().max():.2f}")
+# ---- The largest differences, over all cases ----
+
+
+class LargestDifferences:
+    """The largest difference of each kind, beside its limit (design, section 4)."""
+
+    def __init__(self):
+        self.found: dict[str, tuple[float, float]] = {}
+
+    def add(self, name: str, theirs: Tensor, ours: Tensor, limit: float) -> None:
+        difference = float((theirs.float() - ours.float()).abs().max())
+        known, known_limit = self.found.get(name, (0.0, limit))
+        self.found[name] = (max(known, difference), max(known_limit, limit))
+
+    def show(self) -> bool:
+        """Prints them; whether all are within their limits."""
+        for name, (difference, limit) in self.found.items():
+            print(f"{name}: {difference:.1e}, limit {limit:.1e}")
+        return all(difference <= limit for difference, limit in self.found.values())
+
+
+def compare_all(pair: Pair) -> bool:
+    differences = LargestDifferences()
+    same = True
+    for case, lengths in CASES.items():
+        for side in ("left", "right"):
+            theirs, ours = pair.batches(lengths, side)
+            compare_numbers(pair, theirs, ours, side, differences)
+            if side == "left":
+                same = compare_tokens(pair, theirs, ours, case) and same
+    return differences.show() and same
+
+
+def compare_numbers(
+    pair: Pair, theirs: dict, ours: dict, side: str, differences: LargestDifferences
+) -> None:
+    mel = theirs["input_features"]
+    differences.add("log-mel", mel, ours["input_features"], limit=1e-4)
+    frames = pair.oracle.get_audio_features(mel, theirs["input_features_mask"]).pooler_output
+    our_frames = pair.model.get_audio_features(
+        ours["input_features"], ours["feature_attention_mask"]
+    )
+    limit = 1e-4 * max(1, float(frames.abs().max()))
+    differences.add("audio frames", frames, our_frames, limit)
+
+    their_output = pair.oracle(**theirs, labels=ours["labels"])
+    our_output = pair.model(**ours)
+    is_real = ours["attention_mask"].bool()
+    logits = their_output.logits[is_real]
+    limit = 1e-3 * max(1, float(logits.abs().max()) / 10)
+    differences.add("logits", logits, our_output.logits[is_real], limit)
+    if side == "right" or len(is_real) == 1:
+        # With left padding the oracle's loss also predicts first tokens from padding.
+        differences.add("loss", their_output.loss, our_output.loss, limit=1e-4)
+
+
+def compare_tokens(pair: Pair, theirs: dict, ours: dict, case: str) -> bool:
+    """Prints whether greedy tokens are the same, with and without a repetition penalty."""
+    inputs = {name: tensor for name, tensor in ours.items() if name != "labels"}
+    all_same = True
+    for options in (
+        {"max_new_tokens": 64},
+        {"max_new_tokens": 24, "repetition_penalty": 1.3},
+    ):
+        their_ids = pair.oracle.generate(**theirs, do_sample=False, **options)
+        our_ids = pair.model.generate(**inputs, do_sample=False, **options)
+        same = torch.equal(their_ids, our_ids)
+        all_same = all_same and same
+        verdict = "the same" if same else "DIFFER"
+        print(f"{case}: greedy tokens {options} {verdict}", flush=True)
+    return all_same
+
+
+# ---- Layer by layer ----
+
+
+def compare_layers(pair: Pair, tolerance: float) -> bool:
+    """Prints the distance of each stage and the first that is too far; whether none is."""
+    theirs, ours = pair.batches(CASES["odd"], padding_side="left")  # one window of 1 s
+    inputs = {name: tensor for name, tensor in ours.items() if name != "labels"}
+    modules = dict(pair.model.named_modules())
+    their_modules = rename_modules(pair.oracle)
+    shared = [name for name in their_modules if name and name in modules]
+    their_stages = record({name: their_modules[name] for name in shared}, pair.oracle, theirs)
+    our_stages = record({name: modules[name] for name in shared}, pair.model, inputs)
+
+    mel_frames = int(ours["feature_attention_mask"].sum())
+    stages = [("log-mel", theirs["input_features"], ours["input_features"])]
+    for name, their_output in their_stages.items():
+        their_output = cut_to_real_frames(name, their_output, mel_frames)
+        our_output = cut_to_real_frames(name, our_stages[name], mel_frames)
+        stages.append((name, their_output, our_output))
+
+    for name, their_output, our_output in stages:
+        if is_whole_stage(name):
+            print(f"{name:34} {distance(their_output, our_output):.1e}")
+    first = first_difference(stages, tolerance)
+    if first is None:
+        print(f"no stage differs by more than {tolerance:.0e}")
+        return True
+    print(f"first difference: {first}")
+    return False
+
+
+def distance(theirs: Tensor, ours: Tensor) -> float:
+    """The largest difference over the largest value; infinity if the shapes differ."""
+    if theirs.shape != ours.shape:
+        return float("inf")
+    largest = float(theirs.float().abs().max())
+    return float((theirs.float() - ours.float()).abs().max()) / max(largest, 1e-9)
+
+
+def first_difference(stages: list[tuple[str, Tensor, Tensor]], tolerance: float) -> str | None:
+    """The first of (name, their output, our output) that is further apart than the tolerance.
+
+    Stages are in the order in which they are computed, the parts of a layer before the layer.
+    """
+    for name, theirs, ours in stages:
+        if theirs.shape != ours.shape:
+            return f"{name} has shape {tuple(ours.shape)}, transformers' {tuple(theirs.shape)}"
+        apart = distance(theirs, ours)
+        if not apart <= tolerance:  # true for NaN, too
+            largest = float(theirs.abs().max())
+            return f"{name}: {apart:.1e} of its largest value, {largest:.3g}"
+    return None
+
+
+def is_whole_stage(name: str) -> bool:
+    """Whether a module is a stage of its own, and no part of a layer."""
+    last_part = name.split(".")[-1]
+    return "layers." not in name or last_part.isdigit()
+
+
+def record(modules: dict[str, nn.Module], model: nn.Module, inputs: dict) -> dict[str, Tensor]:
+    """What comes out of each module when the model runs, in the order in which they finish.
+
+    "splice" is what goes into the first decoder layer.
+    """
+    outputs = {}
+
+    def keep_output_as(name: str) -> Callable:
+        def hook(module: nn.Module, inputs: tuple, output) -> None:
+            if not isinstance(output, Tensor):  # transformers' modules also give tuples
+                output = output[0]
+            outputs[name] = output
+
+        return hook
+
+    def keep_splice(module: nn.Module, inputs: tuple) -> None:
+        outputs["splice"] = inputs[0]
+
+    hooks = [modules[FIRST_DECODER_LAYER].register_forward_pre_hook(keep_splice)]
+    for name, module in modules.items():
+        hooks.append(module.register_forward_hook(keep_output_as(name)))
+    outputs["logits"] = model(**inputs).logits
+    for hook in hooks:
+        hook.remove()
+    return outputs
+
+
+def rename_modules(oracle: nn.Module) -> dict[str, nn.Module]:
+    """The modules of transformers' model, by the names that they have in ours."""
+    renamed = {}
+    for name, module in oracle.named_modules():
+        name = name.removeprefix("model.")
+        if name.startswith("language_model"):
+            name = name.replace("language_model", "language_model.model", 1)
+        renamed[name] = module
+    return renamed
+
+
+def cut_to_real_frames(name: str, output: Tensor, mel_frames: int) -> Tensor:
+    """Without the frames of padding, which transformers computes and we leave out."""
+    conv_frames, audio_frames = frame_counts(mel_frames)
+    if name == "audio_tower.conv1":
+        return output[:, :, :mel_frames]
+    if name == "audio_tower.conv2":
+        return output[:, :, :conv_frames]
+    if name.startswith("audio_tower.layers."):
+        return output[:, :conv_frames]
+    if name in ("audio_tower.layer_norm", "audio_tower"):
+        return output[:, :audio_frames]
+    if name.startswith("multi_modal_projector"):
+        return output.reshape(-1, output.shape[-1])[:audio_frames]
+    return output
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint")
+    parser.add_argument("--layers", action="store_true", help="compare layer by layer")
+    parser.add_argument("--dtype", choices=TOLERANCES, default="float32")
+    parser.add_argument("--tolerance", type=float, help="for --layers")
+    args = parser.parse_args()
+    try:
+        pair = Pair(args.checkpoint, getattr(torch, args.dtype))
+    except ImportError as error:
+        print(f"error: {error}; pip install transformers==5.23.0 librosa", file=sys.stderr)
+        return 2
+    with torch.inference_mode():
+        if args.layers:
+            tolerance = args.tolerance or TOLERANCES[args.dtype]
+            good = compare_layers(pair, tolerance)
+        else:
+            good = compare_all(pair)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
