@@ -138,6 +138,7 @@ class TerminalChat:
     def interrupt(self, *_) -> None:
         """What Ctrl-C does."""
         if self.awaits_line or self.conversation.stopped:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a further one must not stop the exit
             raise KeyboardInterrupt  # and no exit here: readline must restore the terminal first
         self.conversation.stopped = True
 

@@ -1,9 +1,14 @@
-"""Writes tests/micro/ (a seeded random checkpoint), tests/think/ (a LoRA adapter to it) and tests/goldens.npz and .json
-(what transformers and peft make of them).
+"""Writes what the tests compare with: a small checkpoint, an adapter, and transformers' answers.
 
-    pip install transformers==5.23.0 peft librosa   # the oracles; neither the project nor its tests need them
+    pip install transformers==5.23.0 peft librosa      only for this; the tests need none of it
     python tests/make_goldens.py
+
+tests/micro/         a seeded random checkpoint
+tests/think/         a LoRA adapter to it, as peft saves it
+tests/goldens.npz    what transformers and peft compute from them
+tests/goldens.json   transformers' token ids and chat templates
 """
+
 import json
 import shutil
 import tempfile
@@ -13,120 +18,273 @@ import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
-from transformers import AudioFlamingo3Config, AudioFlamingo3ForConditionalGeneration, AutoProcessor, AutoTokenizer, Qwen2Config
+from torch import Tensor
+from transformers import (
+    AudioFlamingo3Config,
+    AudioFlamingo3ForConditionalGeneration,
+    AutoProcessor,
+    AutoTokenizer,
+    Qwen2Config,
+)
 
 from signals import CASES, conversation, sound
 
-HERE = Path(__file__).resolve().parent
-TINY = HERE.parent / "tiny"
+TESTS = Path(__file__).resolve().parent
+TINY = TESTS.parent / "tiny"
+QWEN = TESTS.parent.parent / "shared" / "qwen"
+
+# ---- The checkpoint ----
 
 
-def write_micro(folder: Path) -> None:
-    ids = {token["content"]: token["id"] for token in json.loads((TINY / "tokenizer.json").read_text())["added_tokens"]}
-    text = Qwen2Config(vocab_size=max(ids.values()) + 1, hidden_size=48, intermediate_size=96, num_hidden_layers=2,
-                       num_attention_heads=4, num_key_value_heads=2, rope_theta=1e6, max_position_embeddings=4096)
-    audio = dict(model_type="audioflamingo3_encoder", hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                 num_attention_heads=2, num_mel_bins=128, max_source_positions=1500)
-    config = AudioFlamingo3Config(text_config=text, audio_config=audio, audio_token_id=ids["<sound>"])
-    config.dtype = "float32"
-    config.architectures = ["AudioFlamingo3ForConditionalGeneration"]
+def write_checkpoint(folder: Path) -> None:
+    tokenizer = json.loads((TINY / "tokenizer.json").read_text())
+    token_ids = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    config = small_config(token_ids)
     config.save_pretrained(folder)
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [], "pad_token_id": ids["<|endoftext|>"]}) + "\n")
+    options = {"eos_token_id": [], "pad_token_id": token_ids["<|endoftext|>"]}
+    (folder / "generation_config.json").write_text(json.dumps(options) + "\n")
+
     with torch.device("meta"):
-        state = AudioFlamingo3ForConditionalGeneration(config).state_dict()
+        shapes = AudioFlamingo3ForConditionalGeneration(config).state_dict()
     generator = torch.Generator().manual_seed(3)
     tensors = {}
-    for name, tensor in state.items():
-        name = name.replace("model.language_model.", "language_model.model.").replace("model.audio_tower", "audio_tower")
-        name = name.replace("model.multi_modal", "multi_modal") if not name.startswith("lm_head") else f"language_model.{name}"
+    for name, tensor in shapes.items():
+        name = checkpoint_name(name)
         noise = torch.randn(tensor.shape, generator=generator)
-        scale = 0.1 if tensor.ndim == 1 or "positions" in name else 0.5 if "embed" in name else 1.5 / tensor[0].numel() ** 0.5
-        tensors[name] = 1 + 0.2 * noise if "norm" in name and name.endswith("weight") else scale * noise
+        tensors[name] = initial_value(name, noise)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def goldens(folder: Path) -> dict[str, np.ndarray]:
-    model = AudioFlamingo3ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+def small_config(token_ids: dict[str, int]) -> AudioFlamingo3Config:
+    text_config = Qwen2Config(
+        vocab_size=max(token_ids.values()) + 1,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rope_theta=1e6,
+        max_position_embeddings=4096,
+    )
+    audio_config = {
+        "model_type": "audioflamingo3_encoder",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_mel_bins": 128,
+        "max_source_positions": 1500,
+    }
+    config = AudioFlamingo3Config(
+        text_config=text_config, audio_config=audio_config, audio_token_id=token_ids["<sound>"]
+    )
+    config.dtype = "float32"
+    config.architectures = ["AudioFlamingo3ForConditionalGeneration"]
+    return config
+
+
+def checkpoint_name(name: str) -> str:
+    """The name in a published checkpoint of a tensor of transformers' model."""
+    if name.startswith("lm_head"):
+        return f"language_model.{name}"
+    name = name.replace("model.language_model.", "language_model.model.")
+    name = name.replace("model.audio_tower", "audio_tower")
+    return name.replace("model.multi_modal", "multi_modal")
+
+
+def initial_value(name: str, noise: Tensor) -> Tensor:
+    """Large enough that every part shows in the logits, small enough that they stay finite."""
+    if "norm" in name and name.endswith("weight"):
+        return 1 + 0.2 * noise
+    if noise.ndim == 1 or "positions" in name:
+        return 0.1 * noise
+    if "embed" in name:
+        return 0.5 * noise
+    return 1.5 / noise[0].numel() ** 0.5 * noise
+
+
+# ---- What transformers computes ----
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32):
+    return AudioFlamingo3ForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+
+
+def make_batch(processor, lengths: list[int], padding_side: str = "left"):
+    return processor.apply_chat_template(
+        [conversation(sound(length)) for length in lengths],
+        tokenize=True,
+        add_generation_prompt=True,
+        return_dict=True,
+        processor_kwargs={"padding_side": padding_side},
+    )
+
+
+def case_goldens(folder: Path) -> dict[str, Tensor]:
+    model = load(folder).eval()
     processor = AutoProcessor.from_pretrained(folder)
-    found = {}
+    goldens = {}
     for case, lengths in CASES.items():
-        chats = [conversation(sound(length)) for length in lengths]
-        for side in ["left", "right"] if len(lengths) > 1 else ["left"]:
-            batch = processor.apply_chat_template(chats, tokenize=True, add_generation_prompt=True, return_dict=True,
-                                                  processor_kwargs={"padding_side": side})
-            real = batch["attention_mask"].bool()
-            labels = batch["input_ids"].masked_fill(~real | (batch["input_ids"] == processor.audio_token_id), -100)
-            with torch.no_grad():
-                frames = model.get_audio_features(batch["input_features"], batch["input_features_mask"]).pooler_output
-                output = model(**batch, labels=labels)
+        sides = ["left", "right"] if len(lengths) > 1 else ["left"]
+        for side in sides:
+            batch = make_batch(processor, lengths, side)
             name = f"{case}.{side}"
-            found |= {f"{name}.input_ids": batch["input_ids"], f"{name}.mel": batch["input_features"][:, ::8, ::37],
-                      f"{name}.mel_frames": batch["input_features_mask"].sum(-1), f"{name}.frames": frames[::13],
-                      f"{name}.logits": output.logits[real][::29]}
-            if side == "right" or len(lengths) == 1:  # with left padding the oracle also predicts first tokens from padding
-                found[f"{name}.loss"] = output.loss
+            goldens |= forward_goldens(model, processor, batch, name)
+            if side == "right" or len(lengths) == 1:
+                # With left padding transformers' loss also predicts first tokens from padding.
+                goldens[f"{name}.loss"] = compute_loss(model, processor, batch)
             if side == "left":
-                new = batch["input_ids"].shape[1]
-                for key, options in {"greedy": {"max_new_tokens": 64}, "penalised": {"max_new_tokens": 24, "repetition_penalty": 1.3}}.items():
-                    found[f"{name}.{key}"] = model.generate(**batch, do_sample=False, **options)[:, new:]
-    rounded = AudioFlamingo3ForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    batch = processor.apply_chat_template(conversation(sound(80000)), tokenize=True, add_generation_prompt=True, return_dict=True)
-    with torch.no_grad():
-        exact, near = model(**batch).logits, rounded(**batch.to(dtype=torch.bfloat16)).logits.float()
-    found["five_seconds.bfloat16_distance"] = (near - exact).norm() / exact.norm()
-    return {name: value.numpy() for name, value in found.items()}
+                goldens |= token_goldens(model, batch, name)
+    return goldens
 
 
-def write_adapter(folder: Path) -> None:
-    """think/ as peft saves it, and beside it a projector's bias that was trained as a whole."""
+@torch.no_grad()
+def forward_goldens(model, processor, batch, name: str) -> dict[str, Tensor]:
+    """A sample of each stage: whole, they would be large files."""
+    features = batch["input_features"]
+    mask = batch["input_features_mask"]
+    frames = model.get_audio_features(features, mask).pooler_output
+    logits = model(**batch).logits[batch["attention_mask"].bool()]
+    return {
+        f"{name}.input_ids": batch["input_ids"],
+        f"{name}.mel": features[:, ::8, ::37],
+        f"{name}.mel_frames": mask.sum(-1),
+        f"{name}.frames": frames[::13],
+        f"{name}.logits": logits[::29],
+    }
+
+
+@torch.no_grad()
+def compute_loss(model, processor, batch) -> Tensor:
+    is_audio = batch["input_ids"] == processor.audio_token_id
+    is_padding = batch["attention_mask"] == 0
+    labels = batch["input_ids"].masked_fill(is_audio | is_padding, -100)
+    return model(**batch, labels=labels).loss
+
+
+def token_goldens(model, batch, name: str) -> dict[str, Tensor]:
+    tokens = batch["input_ids"].shape[1]
+    greedy = model.generate(**batch, do_sample=False, max_new_tokens=64)
+    penalised = model.generate(**batch, do_sample=False, max_new_tokens=24, repetition_penalty=1.3)
+    return {f"{name}.greedy": greedy[:, tokens:], f"{name}.penalised": penalised[:, tokens:]}
+
+
+@torch.no_grad()
+def bfloat16_distance(folder: Path) -> Tensor:
+    """How far transformers' own logits in bfloat16 are from those in float32."""
+    processor = AutoProcessor.from_pretrained(folder)
+    batch = make_batch(processor, [80000])
+    exact = load(folder).eval()(**batch).logits
+    rounded_batch = batch.to(dtype=torch.bfloat16)
+    rounded = load(folder, torch.bfloat16).eval()(**rounded_batch).logits.float()
+    return (rounded - exact).norm() / exact.norm()
+
+
+# ---- The adapter ----
+
+
+def write_adapter(checkpoint: Path, folder: Path) -> None:
+    """As peft saves it, and beside it a bias of the projector that was trained as a whole."""
     torch.manual_seed(4)
-    model = AudioFlamingo3ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     trained = r".*language_model.*_proj|.*linear_2"
-    model = get_peft_model(model, LoraConfig(r=2, lora_alpha=6, target_modules=trained))
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=trained)
+    model = get_peft_model(load(checkpoint), config)
     for name, tensor in model.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name:  # zeros at first, which would change nothing
             tensor.data.normal_(0, 0.3)
-    model.save_pretrained(HERE / "think")
-    (HERE / "think" / "README.md").unlink()
-    config = json.loads((HERE / "think" / "adapter_config.json").read_text()) | {"base_model_name_or_path": None}
-    (HERE / "think" / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink()
+    config_path = folder / "adapter_config.json"
+    saved_config = json.loads(config_path.read_text())
+    saved_config["base_model_name_or_path"] = None  # a path on this machine
+    config_path.write_text(json.dumps(saved_config, indent=1) + "\n")
     bias = torch.linspace(-1, 1, model.config.text_config.hidden_size)
-    torch.save({"multi_modal_projector.linear_1.bias": bias}, HERE / "think" / "non_lora_trainables.bin")
+    torch.save({"multi_modal_projector.linear_1.bias": bias}, folder / "non_lora_trainables.bin")
 
 
-def think_goldens(folder: Path) -> dict[str, np.ndarray]:
-    """Logits after peft's own merge, with lora_alpha / r and, as use_rslora asks, with lora_alpha / sqrt(r)."""
-    processor, found = AutoProcessor.from_pretrained(folder), {}
-    batch = processor.apply_chat_template(conversation(sound(80000)), tokenize=True, add_generation_prompt=True, return_dict=True)
-    for name, rslora in (("think", False), ("think_rslora", True)):
-        model = AudioFlamingo3ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-        others = torch.load(HERE / "think" / "non_lora_trainables.bin", weights_only=True)
-        model.load_state_dict({f"model.{key}": tensor for key, tensor in others.items()}, strict=False)
-        config = LoraConfig.from_pretrained(HERE / "think")
-        config.use_rslora = rslora
-        model = PeftModel.from_pretrained(model, HERE / "think", config=config).merge_and_unload().eval()
+def adapter_goldens(checkpoint: Path, folder: Path) -> dict[str, Tensor]:
+    """Logits after peft's own merge, with lora_alpha / rank and with lora_alpha / sqrt(rank)."""
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    batch = make_batch(processor, [80000])
+    goldens = {}
+    for name, use_rslora in (("think", False), ("think_rslora", True)):
+        model = load(checkpoint)
+        others = torch.load(folder / "non_lora_trainables.bin", weights_only=True)
+        others = {f"model.{key}": tensor for key, tensor in others.items()}
+        model.load_state_dict(others, strict=False)
+        config = LoraConfig.from_pretrained(folder)
+        config.use_rslora = use_rslora
+        model = PeftModel.from_pretrained(model, folder, config=config)
+        model = model.merge_and_unload().eval()
         with torch.no_grad():
-            found[f"{name}.logits"] = model(**batch).logits[0, ::29].numpy()
-    return found
+            goldens[f"{name}.logits"] = model(**batch).logits[0, ::29]
+    return goldens
 
 
-def template_goldens(processor) -> list[dict]:
-    """The oracle's text of conversations, and of the tokenizer's own files its ids of texts."""
-    audio = {"type": "audio", "path": "a.wav"}
-    text = lambda words: {"type": "text", "text": words}
-    chats = [[{"role": "user", "content": "Hello"}],
-             [{"role": "user", "content": [text("Describe."), audio]}],
-             [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [audio, text("One "), text("two")]}],
-             [{"role": "user", "content": [text("What is it?"), audio]}, {"role": "assistant", "content": "rain"},
-              {"role": "user", "content": [audio, text("And this?")]}, {"role": "assistant", "content": "wind"}]]
-    return [{"chat": chat, "prompt": prompt, "text": processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)}
-            for chat in chats for prompt in (True, False)]
+# ---- Words ----
+
+TEXTS = [
+    "",
+    " ",
+    "hi",
+    "Transcribe the input speech.",
+    "\n\n  \n x",
+    "user\n\nhi",
+    "I'll they're IT'S",
+    "12345 6 7.89",
+    "naïve café",
+    "cafe\u0301 A\u030a \u1e9b\u0323",
+    "日本語のテキスト、",
+    "한국어 \u1112\u1161\u11ab",
+    "Ελληνικά και русский",
+    "🎵🎶👩‍👩‍👧",
+    "שלום \u200f עולם",
+    "def f(x):\n\treturn x**2  # ok",
+    "\r\n\r\n",
+    "a\u00a0b\u3000c",
+    "tab\t\ttab",
+    "x" * 50,
+    " " * 20 + "end",
+    "<tool-call> < sound >",
+    "...!!!???",
+    "ﬁ ½ Ⅷ",
+    "e\u0301\u0327",
+    "\x00\x01\x7f",
+    "१२३ ٤٥",
+    "Ǆ ǅ ǆ",
+]
+
+AUDIO = {"type": "audio", "path": "a.wav"}
 
 
-TEXTS = ["", " ", "hi", "Transcribe the input speech.", "\n\n  \n x", "user\n\nhi", "I'll they're IT'S", "12345 6 7.89", "naïve café",
-         "cafe\u0301 A\u030a \u1e9b\u0323", "日本語のテキスト、", "한국어 \u1112\u1161\u11ab", "Ελληνικά και русский", "🎵🎶👩‍👩‍👧", "שלום \u200f עולם",
-         "def f(x):\n\treturn x**2  # ok", "\r\n\r\n", "a\u00a0b\u3000c", "tab\t\ttab", "x" * 50, " " * 20 + "end", "<tool-call> < sound >",
-         "...!!!???", "ﬁ ½ Ⅷ", "e\u0301\u0327", "\x00\x01\x7f", "१२३ ٤٥", "Ǆ ǅ ǆ"]
+def text_part(text: str) -> dict:
+    return {"type": "text", "text": text}
+
+
+CHATS = [
+    [{"role": "user", "content": "Hello"}],
+    [{"role": "user", "content": [text_part("Describe."), AUDIO]}],
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [AUDIO, text_part("One "), text_part("two")]},
+    ],
+    [
+        {"role": "user", "content": [text_part("What is it?"), AUDIO]},
+        {"role": "assistant", "content": "rain"},
+        {"role": "user", "content": [AUDIO, text_part("And this?")]},
+        {"role": "assistant", "content": "wind"},
+    ],
+]
+
+
+def template_goldens(folder: Path) -> list[dict]:
+    processor = AutoProcessor.from_pretrained(folder)
+    goldens = []
+    for chat in CHATS:
+        for prompt in (True, False):
+            text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)
+            goldens.append({"chat": chat, "prompt": prompt, "text": text})
+    return goldens
 
 
 def tokenizer_goldens(folder: Path) -> dict[str, list[int]]:
@@ -134,14 +292,28 @@ def tokenizer_goldens(folder: Path) -> dict[str, list[int]]:
     return {text: tokenizer(text)["input_ids"] for text in TEXTS}
 
 
-if __name__ == "__main__":
-    write_micro(HERE / "micro")
+def main() -> None:
+    write_checkpoint(TESTS / "micro")
     with tempfile.TemporaryDirectory() as folder:
-        for file in [*(HERE / "micro").iterdir(), *(TINY / name for name in (
-                "tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja"))]:
-            shutil.copy(file, folder)
-        write_adapter(Path(folder))
-        np.savez_compressed(HERE / "goldens.npz", **goldens(Path(folder)), **think_goldens(Path(folder)))
-        words = {"tiny": tokenizer_goldens(folder), "qwen": tokenizer_goldens(HERE.parent.parent / "shared" / "qwen"),
-                 "templates": template_goldens(AutoProcessor.from_pretrained(folder))}
-    (HERE / "goldens.json").write_text(json.dumps(words, indent=1) + "\n")
+        checkpoint = Path(folder)
+        for file in (TESTS / "micro").iterdir():
+            shutil.copy(file, checkpoint)
+        for name in ("tokenizer.json", "tokenizer_config.json", "processor_config.json"):
+            shutil.copy(TINY / name, checkpoint)
+        shutil.copy(TINY / "chat_template.jinja", checkpoint)
+
+        write_adapter(checkpoint, TESTS / "think")
+        numbers = case_goldens(checkpoint) | adapter_goldens(checkpoint, TESTS / "think")
+        numbers["five_seconds.bfloat16_distance"] = bfloat16_distance(checkpoint)
+        arrays = {name: tensor.numpy() for name, tensor in numbers.items()}
+        np.savez_compressed(TESTS / "goldens.npz", **arrays)
+        words = {
+            "tiny": tokenizer_goldens(checkpoint),
+            "qwen": tokenizer_goldens(QWEN),
+            "templates": template_goldens(checkpoint),
+        }
+    (TESTS / "goldens.json").write_text(json.dumps(words, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

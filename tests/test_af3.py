@@ -1,10 +1,12 @@
-"""The network: every number against the oracle's, every row on its own, every refusal in words."""
+"""The network: its numbers are those of transformers, each row of a batch is on its own, and what
+cannot be computed is refused in words."""
 
 import dataclasses
 import threading
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from af3 import (
     AudioFlamingo3Config,
@@ -18,198 +20,218 @@ from af3 import (
 )
 from signals import CASES, TEXT, conversation, sound
 
-GOLDEN_RUNS = [
-    f"{case}.{side}" for case, rows in CASES.items() for side in ("left", "right")[: len(rows)]
-]
+from_pretrained = AudioFlamingo3ForConditionalGeneration.from_pretrained
+
+# Each case with padding on the left, and those of several rows also on the right.
+GOLDEN_RUNS = []
+for case, lengths in CASES.items():
+    GOLDEN_RUNS.append(f"{case}.left")
+    if len(lengths) > 1:
+        GOLDEN_RUNS.append(f"{case}.right")
 
 
-def run_inputs(processor, run):
+def run_inputs(processor, run, output_labels=False):
     case, side = run.split(".")
     chats = [conversation(sound(length)) for length in CASES[case]]
     return processor.apply_chat_template(
-        chats, add_generation_prompt=True, padding_side=side, output_labels=True
+        chats, add_generation_prompt=True, padding_side=side, output_labels=output_labels
     )
 
 
-def without_labels(batch):
-    return {name: value for name, value in batch.items() if name != "labels"}
+def audio_inputs(batch):
+    return batch["input_features"], batch["feature_attention_mask"]
 
 
-# ---- Frame arithmetic ----
+def new_ids(model, batch, **options):
+    """What `generate` adds to the prompt."""
+    return model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :]
 
 
-@pytest.mark.parametrize(
-    "mel, conv, audio",
-    [
-        (1, 1, 0),
-        (2, 1, 0),
-        (3, 2, 1),
-        (100, 50, 25),
-        (101, 51, 25),
-        (500, 250, 125),
-        (3000, 1500, 750),
-    ],
-)
+def record_inputs(monkeypatch, module):
+    """A list to which each call of the module adds its arguments."""
+    calls = []
+    forward = module.forward
+
+    def recording_forward(*arguments):
+        calls.append(arguments)
+        return forward(*arguments)
+
+    monkeypatch.setattr(module, "forward", recording_forward)
+    return calls
+
+
+# ---- Configuration ----
+
+
+def test_the_default_configuration_is_that_of_the_official_model():
+    config = AudioFlamingo3Config()
+    audio = config.audio_config
+    text = config.text_config
+    assert (audio.hidden_size, audio.num_hidden_layers, audio.num_attention_heads) == (1280, 32, 20)
+    assert (audio.intermediate_size, audio.num_mel_bins) == (5120, 128)
+    assert audio.max_source_positions == 1500
+    assert (text.hidden_size, text.num_hidden_layers, text.intermediate_size) == (3584, 28, 18944)
+    assert (text.num_attention_heads, text.num_key_value_heads, text.head_dim) == (28, 4, 128)
+    assert (text.vocab_size, config.audio_token_id) == (151672, 151669)
+    assert (text.rope_theta, text.rms_norm_eps) == (1e6, 1e-6)
+
+
+# ---- Frame counts ----
+
+# (mel frames, conv frames, audio frames)
+FRAME_COUNTS = [
+    (1, 1, 0),
+    (2, 1, 0),
+    (3, 2, 1),
+    (100, 50, 25),
+    (101, 51, 25),
+    (500, 250, 125),
+    (3000, 1500, 750),
+]
+
+
+@pytest.mark.parametrize("mel, conv, audio", FRAME_COUNTS)
 def test_conv_frames_are_half_the_mel_frames_and_audio_frames_half_of_those(mel, conv, audio):
     assert frame_counts(mel) == (conv, audio)
     assert [int(count) for count in frame_counts(torch.tensor(mel))] == [conv, audio]
 
 
-# ---- Numbers of the oracle ----
+# ---- The numbers of transformers ----
 
 
 @pytest.mark.parametrize("run", GOLDEN_RUNS)
-def test_audio_frames_are_the_oracles(model, processor, goldens, run):
-    batch = run_inputs(processor, run)
-    frames = model.get_audio_features(batch["input_features"], batch["feature_attention_mask"])
-    wanted = goldens[f"{run}.frames"]
-    assert (frames[::13] - wanted).abs().max() <= 1e-4 * max(1, wanted.abs().max())
+def test_audio_frames_are_those_of_transformers(model, processor, goldens, run):
+    frames = model.get_audio_features(*audio_inputs(run_inputs(processor, run)))
+    expected = goldens[f"{run}.frames"]
+    assert (frames[::13] - expected).abs().max() <= 1e-4 * max(1, expected.abs().max())
 
 
 @pytest.mark.parametrize("run", GOLDEN_RUNS)
-def test_logits_are_the_oracles(model, processor, goldens, run):
+def test_logits_are_those_of_transformers(model, processor, goldens, run):
     batch = run_inputs(processor, run)
-    logits = model(**batch).logits[batch["attention_mask"].bool()][::29]
-    wanted = goldens[f"{run}.logits"]
-    assert (logits - wanted).abs().max() <= 1e-3 * max(1, wanted.abs().max() / 10)
+    logits = model(**batch).logits[batch["attention_mask"].bool()]
+    expected = goldens[f"{run}.logits"]
+    assert (logits[::29] - expected).abs().max() <= 1e-3 * max(1, expected.abs().max() / 10)
 
 
+# With padding on the left, transformers' loss also predicts first tokens from padding.
 @pytest.mark.parametrize("run", [run for run in GOLDEN_RUNS if run != "batch.left"])
-def test_the_loss_is_the_oracles(model, processor, goldens, run):
-    assert abs(model(**run_inputs(processor, run)).loss - goldens[f"{run}.loss"]) <= 1e-4
+def test_the_loss_is_that_of_transformers(model, processor, goldens, run):
+    loss = model(**run_inputs(processor, run, output_labels=True)).loss
+    assert abs(loss - goldens[f"{run}.loss"]) <= 1e-4
 
 
-@pytest.mark.parametrize(
-    "options, key",
-    [
-        ({"max_new_tokens": 64}, "greedy"),
-        ({"max_new_tokens": 24, "repetition_penalty": 1.3}, "penalised"),
-    ],
-)
 @pytest.mark.parametrize("case", CASES)
-def test_greedy_tokens_are_the_oracles(model, processor, goldens, case, options, key):
-    batch = without_labels(run_inputs(processor, f"{case}.left"))
-    new = model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :]
-    assert torch.equal(new, goldens[f"{case}.left.{key}"])
+def test_64_greedy_tokens_are_those_of_transformers(model, processor, goldens, case):
+    batch = run_inputs(processor, f"{case}.left")
+    expected = goldens[f"{case}.left.greedy"]
+    assert torch.equal(new_ids(model, batch, max_new_tokens=64), expected)
 
 
-def test_bfloat16_is_about_as_near_to_float32_as_the_oracles(micro, model, processor, goldens):
-    rounded = AudioFlamingo3ForConditionalGeneration.from_pretrained(micro, "cpu", torch.bfloat16)
+@pytest.mark.parametrize("case", CASES)
+def test_24_tokens_with_a_repetition_penalty_are_those_of_transformers(
+    model, processor, goldens, case
+):
+    batch = run_inputs(processor, f"{case}.left")
+    options = {"max_new_tokens": 24, "repetition_penalty": 1.3}
+    assert torch.equal(new_ids(model, batch, **options), goldens[f"{case}.left.penalised"])
+
+
+def test_bfloat16_is_about_as_near_to_float32_as_in_transformers(micro, model, processor, goldens):
+    rounded_model = from_pretrained(micro, "cpu", torch.bfloat16)
     batch = run_inputs(processor, "five_seconds.left")
-    exact, near = model(**batch).logits, rounded(**batch).logits.float()
-    assert (near - exact).norm() / exact.norm() <= 1.2 * goldens["five_seconds.bfloat16_distance"]
+    exact = model(**batch).logits
+    rounded = rounded_model(**batch).logits.float()
+    distance = (rounded - exact).norm() / exact.norm()
+    assert distance <= 1.2 * goldens["five_seconds.bfloat16_distance"]
 
 
 # ---- Encoder ----
 
 
-def test_the_encoder_never_computes_past_the_longest_real_window(model, processor):
-    batch = run_inputs(processor, "odd.left")
-    lengths = []
-    hook = model.audio_tower.layers[0].register_forward_pre_hook(
-        lambda _, inputs: lengths.append(inputs[0].shape[1])
-    )
-    model.get_audio_features(batch["input_features"], batch["feature_attention_mask"])
-    hook.remove()
-    assert lengths == [51]
+def test_the_encoder_computes_no_further_than_the_longest_window(model, processor, monkeypatch):
+    calls = record_inputs(monkeypatch, model.audio_tower.layers[0])
+    model.get_audio_features(*audio_inputs(run_inputs(processor, "odd.left")))
+    assert [x.shape[1] for x, mask in calls] == [51]
 
 
-def test_windows_of_different_lengths_do_not_pay_for_each_other(model, processor):
-    batch = run_inputs(processor, "batch.left")
-    lengths = []
-    hook = model.audio_tower.layers[0].register_forward_pre_hook(
-        lambda _, inputs: lengths.append(inputs[0].shape[:2])
-    )
-    model.get_audio_features(batch["input_features"], batch["feature_attention_mask"])
-    hook.remove()
-    assert sorted(lengths) == [(1, 1), (1, 76), (1, 250), (1, 1500)]
+def test_a_short_window_is_not_padded_to_a_long_one(model, processor, monkeypatch):
+    calls = record_inputs(monkeypatch, model.audio_tower.layers[0])
+    model.get_audio_features(*audio_inputs(run_inputs(processor, "batch.left")))
+    assert sorted(x.shape[:2] for x, mask in calls) == [(1, 1), (1, 76), (1, 250), (1, 1500)]
 
 
-def test_an_odd_last_conv_frame_is_a_key_though_the_pool_drops_it(model, processor):
-    batch = run_inputs(processor, "odd.left")
-    whole = model.audio_tower(batch["input_features"], batch["feature_attention_mask"])
-    louder = batch["input_features"].clone()
-    louder[:, :, 100] += (
-        1  # the 101st mel frame reaches conv frame 51 and, but for attention, no audio frame before 25
-    )
-    assert whole.shape[1] == 25
-    assert (model.audio_tower(louder, batch["feature_attention_mask"]) - whole)[
-        :, 0
-    ].abs().max() > 0
+def test_at_most_eight_windows_are_encoded_at_a_time(model, monkeypatch):
+    calls = record_inputs(monkeypatch, model.audio_tower)
+    mask = torch.ones(20, 3000, dtype=torch.long)
+    model.get_audio_features(torch.zeros(20, 128, 3000), mask)
+    assert [len(features) for features, mask in calls] == [8, 8, 4]
 
 
-def test_what_stands_in_padded_mel_frames_changes_nothing(model, processor):
-    batch = run_inputs(processor, "batch.left")
-    spoilt = batch["input_features"].clone()
-    for row, real in zip(spoilt, batch["feature_attention_mask"].sum(-1)):
-        row[:, real + 2 :] = 7.0
-    frames = model.get_audio_features(batch["input_features"], batch["feature_attention_mask"])
-    assert torch.equal(model.get_audio_features(spoilt, batch["feature_attention_mask"]), frames)
+def test_an_odd_last_conv_frame_is_a_key_although_the_pool_drops_it(model, processor):
+    features, mask = audio_inputs(run_inputs(processor, "odd.left"))
+    frames = model.audio_tower(features, mask)
+    # Mel frame 101 reaches conv frame 51 and, except through attention, no audio frame before 25.
+    louder = features.clone()
+    louder[:, :, 100] += 1
+    changed_frames = model.audio_tower(louder, mask)
+    assert frames.shape[1] == 25
+    assert (changed_frames - frames)[:, 0].abs().max() > 0
+
+
+def test_values_in_padded_mel_frames_change_nothing(model, processor):
+    features, mask = audio_inputs(run_inputs(processor, "batch.left"))
+    changed = features.clone()
+    for window, mel_frames in zip(changed, mask.sum(-1)):
+        window[:, mel_frames + 2 :] = 7.0
+    frames = model.get_audio_features(features, mask)
+    assert torch.equal(model.get_audio_features(changed, mask), frames)
 
 
 def test_windows_encoded_together_are_encoded_as_if_alone(model, processor):
-    texts, audios = ["?"] * 3, [sound(n) for n in (80000, 80900, 95000)]
-    batch = processor(texts, audios)
-    together = model.audio_tower(batch["input_features"], batch["feature_attention_mask"])
-    for row, audio in enumerate(audios):
-        one = processor("?", audio)
-        alone = model.audio_tower(one["input_features"], one["feature_attention_mask"])[0]
+    waveforms = [sound(samples) for samples in (80000, 80900, 95000)]
+    together = model.audio_tower(*audio_inputs(processor(["?"] * 3, waveforms)))
+    for row, waveform in enumerate(waveforms):
+        alone = model.audio_tower(*audio_inputs(processor("?", waveform)))[0]
         assert (together[row, : len(alone)] - alone).abs().max() < 1e-5
 
 
 def test_the_encoder_casts_features_to_its_own_dtype(micro, processor):
-    rounded = AudioFlamingo3ForConditionalGeneration.from_pretrained(micro, "cpu", "bfloat16")
-    batch = run_inputs(processor, "five_seconds.left")
-    assert batch["input_features"].dtype == torch.float32
-    assert (
-        rounded.get_audio_features(batch["input_features"], batch["feature_attention_mask"]).dtype
-        == torch.bfloat16
-    )
+    model = from_pretrained(micro, "cpu", "bfloat16")
+    features, mask = audio_inputs(run_inputs(processor, "five_seconds.left"))
+    assert features.dtype == torch.float32
+    assert model.get_audio_features(features, mask).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("rows", [1, 2])
-def test_nothing_grows_with_the_square_of_the_length(model, rows):
-    ids = torch.randint(100, (rows, 4000), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
-    mask[-1, : 100 * (rows - 1)] = 0
-    with torch.profiler.profile(profile_memory=True) as profile:
-        list(model.stream(ids, mask, max_new_tokens=2, eos_token_id=[]))
-    assert (
-        max(event.self_cpu_memory_usage for event in profile.events()) < 4000 * 4000
-    )  # bytes of the largest allocation
-
-
-def test_the_encoder_holds_eight_windows_however_many_there_are(model, monkeypatch):
-    seen, encode = [], model.audio_tower.forward
-    monkeypatch.setattr(
-        model.audio_tower,
-        "forward",
-        lambda *inputs: (seen.append(len(inputs[0])), encode(*inputs))[1],
-    )
-    model.get_audio_features(torch.zeros(20, 128, 3000), torch.ones(20, 3000, dtype=torch.long))
-    assert seen == [8, 8, 4]
+def test_heads_are_counted_from_the_width_of_the_projections(model):
+    attention = model.audio_tower.layers[0].self_attn
+    half = AudioFlamingo3EncoderConfig(hidden_size=32, num_attention_heads=2)
+    shard = type(attention)(half)
+    for name in ("q_proj", "k_proj", "v_proj"):  # one of two heads
+        setattr(shard, name, torch.nn.Linear(32, 16))
+    shard.out_proj = torch.nn.Linear(16, 32)
+    assert shard(torch.zeros(1, 5, 32), None).shape == (1, 5, 32)
 
 
 # ---- Splice ----
 
 
-def test_each_sound_slot_takes_one_audio_frame_in_order_in_place(model, processor):
+def test_each_sound_id_is_replaced_by_one_audio_frame_in_order_and_in_place(model, processor):
     batch = run_inputs(processor, "five_seconds.left")
-    frames = model.get_audio_features(batch["input_features"], batch["feature_attention_mask"])
-    slots = batch["input_ids"] == model.config.audio_token_id
-    x = model.splice(batch["input_ids"], frames)
-    assert torch.equal(x[slots], frames)
-    assert torch.equal(
-        x[~slots], model.language_model.model.embed_tokens(batch["input_ids"][~slots])
-    )
+    frames = model.get_audio_features(*audio_inputs(batch))
+    input_ids = batch["input_ids"]
+    is_sound = input_ids == model.config.audio_token_id
+    x = model.splice(input_ids, frames)
+    assert torch.equal(x[is_sound], frames)
+    embedded = model.language_model.model.embed_tokens(input_ids)
+    assert torch.equal(x[~is_sound], embedded[~is_sound])
 
 
 def test_ids_and_frames_that_disagree_are_refused(model, processor):
     batch = run_inputs(processor, "five_seconds.left")
     batch["feature_attention_mask"][:, 496:] = 0
-    with pytest.raises(
-        ValueError, match=r"^Audio tokens and features mismatch: tokens=125, frames=124\. "
-    ):
+    message = r"^Audio tokens and features mismatch: tokens=125, frames=124\. "
+    with pytest.raises(ValueError, match=message):
         model(**batch)
 
 
@@ -219,206 +241,219 @@ def test_sound_ids_without_features_are_refused(model, processor):
         model.generate(batch["input_ids"], batch["attention_mask"])
 
 
-def test_a_sound_id_that_the_model_says_is_an_id_like_any_other(model):
+def test_a_sound_id_that_the_model_generates_is_an_id_like_any_other(model):
     cache = KeyValueCache(model.config.text_config, 1, 8, model.dtype, model.device)
     model.prefill(torch.tensor([[1, 2, 3]]), torch.ones(1, 3, dtype=torch.bool), cache=cache)
     logits = model.decode_one_token(torch.tensor([model.config.audio_token_id]), cache)
-    assert logits.shape == (1, model.config.text_config.vocab_size) and logits.isfinite().all()
+    assert logits.shape == (1, model.config.text_config.vocab_size)
+    assert logits.isfinite().all()
 
 
-# ---- Padding and company ----
+# ---- Rows of a batch ----
 
 
-def test_left_padding_changes_nothing_a_real_token_sees(model, processor):
-    left, right = run_inputs(processor, "batch.left"), run_inputs(processor, "batch.right")
-    a, b = model(**left), model(**right)
-    real_a, real_b = (
-        a.logits[left["attention_mask"].bool()],
-        b.logits[right["attention_mask"].bool()],
-    )
-    assert (real_a - real_b).abs().max() < 1e-4
-    assert abs(a.loss - b.loss) < 1e-5
+def test_left_and_right_padding_give_the_same_logits_and_loss(model, processor):
+    left = run_inputs(processor, "batch.left", output_labels=True)
+    right = run_inputs(processor, "batch.right", output_labels=True)
+    left_output = model(**left)
+    right_output = model(**right)
+    left_logits = left_output.logits[left["attention_mask"].bool()]
+    right_logits = right_output.logits[right["attention_mask"].bool()]
+    assert (left_logits - right_logits).abs().max() < 1e-4
+    assert abs(left_output.loss - right_output.loss) < 1e-5
 
 
-def test_what_stands_in_padding_changes_nothing(model, processor):
+def test_the_ids_in_padding_change_nothing(model, processor):
     batch = run_inputs(processor, "batch.left")
-    ids = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 5)
-    real = batch["attention_mask"].bool()
-    assert torch.equal(
-        model(**batch | {"input_ids": ids}).logits[real], model(**batch).logits[real]
-    )
+    is_real = batch["attention_mask"].bool()
+    logits = model(**batch).logits[is_real]
+    batch["input_ids"] = batch["input_ids"].masked_fill(~is_real, 5)
+    assert torch.equal(model(**batch).logits[is_real], logits)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.3}])
-def test_greedy_tokens_of_a_row_are_the_same_alone_and_in_company(model, processor, side, options):
-    texts, audios = (
-        ["What?", TEXT, "Is it loud or " * 9],
-        [sound(n, seed=n) for n in (480321, 9000, 80000)],
-    )
-    batch = processor(texts, audios, padding_side=side)
-    together = model.generate(**batch, max_new_tokens=24, **options)[
-        :, batch["input_ids"].shape[1] :
-    ]
-    for row, (text, audio) in enumerate(zip(texts, audios)):
-        one = processor(text, audio)
-        alone = model.generate(**one, max_new_tokens=24, **options)[0, one["input_ids"].shape[1] :]
-        assert torch.equal(together[row], alone)
+def test_greedy_tokens_of_a_row_are_the_same_alone_and_in_a_batch(model, processor, side, options):
+    texts = ["What?", TEXT, "Is it loud or " * 9]
+    waveforms = [sound(samples, seed=samples) for samples in (480321, 9000, 80000)]
+    batch = processor(texts, waveforms, padding_side=side)
+    together = new_ids(model, batch, max_new_tokens=24, **options)
+    for row, (text, waveform) in enumerate(zip(texts, waveforms)):
+        alone = new_ids(model, processor(text, waveform), max_new_tokens=24, **options)
+        assert torch.equal(together[row], alone[0])
 
 
-def test_a_mask_of_another_shape_is_refused(model, processor):
-    batch = processor("Hi", sound(4000)) | {"attention_mask": torch.ones(1, 5, dtype=torch.long)}
+def test_an_attention_mask_of_another_shape_is_refused(model, processor):
+    batch = processor("Hi", sound(4000))
+    batch["attention_mask"] = torch.ones(1, 5, dtype=torch.long)
     with pytest.raises(ValueError, match="^attention_mask: of input_ids' shape"):
         model.generate(**batch)
 
 
 def test_a_row_of_nothing_but_padding_is_refused(model):
+    input_ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
     with pytest.raises(ValueError, match="^attention_mask: "):
-        model(torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[1, 1, 1], [0, 0, 0]]))
+        model(input_ids, torch.tensor([[1, 1, 1], [0, 0, 0]]))
 
 
-def test_a_mask_may_be_boolean_and_a_masked_token_in_the_middle_is_as_if_it_were_not_there(model):
-    a = model(torch.tensor([[1, 9, 2, 3]]), torch.tensor([[True, False, True, True]])).logits
-    assert (a[:, [0, 2, 3]] - model(torch.tensor([[1, 2, 3]])).logits).abs().max() < 1e-5
+def test_a_masked_token_in_the_middle_is_as_if_it_were_not_there(model):
+    mask = torch.tensor([[True, False, True, True]])
+    logits = model(torch.tensor([[1, 9, 2, 3]]), mask).logits
+    expected = model(torch.tensor([[1, 2, 3]])).logits
+    assert (logits[:, [0, 2, 3]] - expected).abs().max() < 1e-5
 
 
 def test_text_without_audio_is_answered(model, processor):
     batch = processor("Hello!")
     assert "input_features" not in batch
-    assert model.generate(**batch, max_new_tokens=3).shape[1] == batch["input_ids"].shape[1] + 3
+    assert new_ids(model, batch, max_new_tokens=3).shape == (1, 3)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_no_allocation_grows_with_the_square_of_the_length(model, rows):
+    tokens = 4000
+    input_ids = torch.randint(100, (rows, tokens), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(input_ids)
+    if rows == 2:
+        mask[1, :100] = 0
+    with torch.profiler.profile(profile_memory=True) as profile:
+        list(model.stream(input_ids, mask, max_new_tokens=2, eos_token_id=[]))
+    largest = max(event.self_cpu_memory_usage for event in profile.events())  # bytes
+    assert largest < tokens * tokens
 
 
 # ---- Loss ----
 
 
 def test_labels_of_minus_100_do_not_count(model, processor):
-    batch = run_inputs(processor, "five_seconds.left")
+    batch = run_inputs(processor, "five_seconds.left", output_labels=True)
     batch["labels"][:, :-3] = -100
-    logits = model(**batch).logits[0, -4:-1]
-    wanted = torch.nn.functional.cross_entropy(logits, batch["input_ids"][0, -3:])
-    assert abs(model(**batch).loss - wanted) < 1e-5
+    output = model(**batch)
+    expected = F.cross_entropy(output.logits[0, -4:-1], batch["input_ids"][0, -3:])
+    assert abs(output.loss - expected) < 1e-5
 
 
-def test_the_loss_teaches_every_part(micro, processor):
-    student = AudioFlamingo3ForConditionalGeneration.from_pretrained(micro, "cpu").requires_grad_(
-        True
-    )
-    student(**run_inputs(processor, "batch.right")).loss.backward()
-    without = [
-        name
-        for name, p in student.named_parameters()
-        if p.grad is None or not p.grad.isfinite().all() or p.grad.abs().sum() == 0
-    ]
-    assert without == []
+def test_the_loss_trains_every_parameter(micro, processor):
+    model = from_pretrained(micro, "cpu").requires_grad_(True)
+    model(**run_inputs(processor, "batch.right", output_labels=True)).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().sum() > 0, name
 
 
 # ---- Prefill, decode, generate ----
 
 
-def test_prefill_in_two_parts_is_prefill_in_one(model, processor):
-    batch = without_labels(run_inputs(processor, "five_seconds.left"))
-    whole = model(**batch).logits[:, -1]
+def test_a_prompt_in_two_parts_gives_the_logits_of_the_prompt_in_one(model, processor):
+    batch = run_inputs(processor, "five_seconds.left")
+    expected = model(**batch).logits[:, -1]
     cache = KeyValueCache(model.config.text_config, 1, 200, model.dtype, model.device)
-    cut = batch["input_ids"].shape[1] - 9
-    model.prefill(
-        batch["input_ids"][:, :cut],
-        torch.ones(1, cut, dtype=torch.bool),
-        batch["input_features"],
-        batch["feature_attention_mask"],
-        cache,
-    )
-    x = model.prefill(batch["input_ids"][:, cut:], torch.ones(1, 9, dtype=torch.bool), cache=cache)
-    assert (model.language_model.lm_head(x[:, -1]) - whole).abs().max() < 1e-4
+    first_part = batch["input_ids"][:, :-9]
+    second_part = batch["input_ids"][:, -9:]
+    first_mask = torch.ones_like(first_part, dtype=torch.bool)
+    second_mask = torch.ones_like(second_part, dtype=torch.bool)
+    model.prefill(first_part, first_mask, *audio_inputs(batch), cache=cache)
+    x = model.prefill(second_part, second_mask, cache=cache)
+    logits = model.language_model.lm_head(x[:, -1])
+    assert (logits - expected).abs().max() < 1e-4
 
 
-def test_audio_is_read_on_the_first_step_only(model, processor):
-    calls = []
-    hook = model.audio_tower.register_forward_pre_hook(lambda *_: calls.append(1))
-    model.generate(**without_labels(run_inputs(processor, "five_seconds.left")), max_new_tokens=5)
-    hook.remove()
-    assert calls == [1]
+def test_audio_is_encoded_on_the_first_step_only(model, processor, monkeypatch):
+    calls = record_inputs(monkeypatch, model.audio_tower)
+    model.generate(**run_inputs(processor, "five_seconds.left"), max_new_tokens=5)
+    assert len(calls) == 1
 
 
-def test_the_head_sees_one_position_a_step(model, processor):
-    shapes = []
-    hook = model.language_model.lm_head.register_forward_pre_hook(
-        lambda _, inputs: shapes.append(tuple(inputs[0].shape))
-    )
-    model.generate(**without_labels(run_inputs(processor, "batch.left")), max_new_tokens=3)
-    hook.remove()
-    assert shapes == [(3, model.config.text_config.hidden_size)] * 3
+def test_lm_head_computes_one_position_a_step(model, processor, monkeypatch):
+    calls = record_inputs(monkeypatch, model.language_model.lm_head)
+    model.generate(**run_inputs(processor, "batch.left"), max_new_tokens=3)
+    hidden_size = model.config.text_config.hidden_size
+    assert [x.shape for (x,) in calls] == [(3, hidden_size)] * 3
 
 
 def test_a_row_ends_at_its_own_end_id_and_goes_on_with_padding(model, processor, goldens):
-    batch = without_labels(run_inputs(processor, "batch.left"))
-    free = goldens["batch.left.greedy"]
-    end = int(free[0, 2])
-    ended = model.generate(**batch, max_new_tokens=64, eos_token_id=[end], pad_token_id=9)[
-        :, batch["input_ids"].shape[1] :
-    ]
-    for row, said in zip(ended, free):
-        stop = (said == end).nonzero()[:1, 0].tolist()
-        length = stop[0] + 1 if stop else 64
-        assert (
-            torch.equal(row[:length], said[: min(length, len(row))]) and (row[length:] == 9).all()
-        )
+    batch = run_inputs(processor, "batch.left")
+    without_end = goldens["batch.left.greedy"]
+    end_id = int(without_end[0, 2])
+    options = {"max_new_tokens": 64, "eos_token_id": [end_id], "pad_token_id": 9}
+    with_end = new_ids(model, batch, **options)
+    for row, expected in zip(with_end.tolist(), without_end.tolist()):
+        length = len(row)
+        if end_id in expected:
+            length = expected.index(end_id) + 1
+        assert row[:length] == expected[:length]
+        assert set(row[length:]) <= {9}
 
 
 def test_generation_stops_when_every_row_has_ended(model, processor, goldens):
-    batch = without_labels(run_inputs(processor, "five_seconds.left"))
-    end = int(goldens["five_seconds.left.greedy"][0, 1])
-    assert model.generate(**batch, eos_token_id=end).shape[1] <= batch["input_ids"].shape[1] + 2
+    batch = run_inputs(processor, "five_seconds.left")
+    end_id = int(goldens["five_seconds.left.greedy"][0, 1])
+    assert new_ids(model, batch, eos_token_id=end_id).shape[1] <= 2
 
 
 def test_an_empty_list_of_end_ids_never_stops_early(model, processor, goldens, monkeypatch):
-    batch = without_labels(run_inputs(processor, "five_seconds.left"))
-    end = int(goldens["five_seconds.left.greedy"][0, 0])
-    monkeypatch.setattr(
-        model, "generation_config", dataclasses.replace(model.generation_config, eos_token_id=[end])
-    )
-    new = lambda **options: (
-        model.generate(**batch, max_new_tokens=7, **options).shape[1] - batch["input_ids"].shape[1]
-    )
-    assert (new(), new(eos_token_id=[])) == (1, 7)
+    batch = run_inputs(processor, "five_seconds.left")
+    first_id = int(goldens["five_seconds.left.greedy"][0, 0])
+    config = dataclasses.replace(model.generation_config, eos_token_id=[first_id])
+    monkeypatch.setattr(model, "generation_config", config)
+    assert new_ids(model, batch, max_new_tokens=7).shape[1] == 1
+    assert new_ids(model, batch, max_new_tokens=7, eos_token_id=[]).shape[1] == 7
 
 
 def test_stream_gives_the_tokens_of_generate_one_by_one(model, processor, goldens):
-    batch = without_labels(run_inputs(processor, "batch.left"))
-    steps = list(model.stream(**batch, max_new_tokens=4))
-    assert torch.equal(torch.stack(steps, 1), goldens["batch.left.greedy"][:, :4])
+    steps = list(model.stream(**run_inputs(processor, "batch.left"), max_new_tokens=4))
+    assert torch.equal(torch.stack(steps, dim=1), goldens["batch.left.greedy"][:, :4])
 
 
-def test_threads_that_share_a_model_say_what_one_says(model, processor, goldens):
-    batch = without_labels(run_inputs(processor, "batch.left"))
-    said = {}
-    threads = [
-        threading.Thread(
-            target=lambda i=i: said.update({i: model.generate(**batch, max_new_tokens=16)})
-        )
-        for i in range(4)
-    ]
-    [thread.start() for thread in threads], [thread.join() for thread in threads]
-    assert len(said) == 4 and all(
-        torch.equal(new[:, -16:], goldens["batch.left.greedy"][:, :16]) for new in said.values()
-    )
+def test_past_ids_are_penalised_as_repetitions(model, processor, goldens):
+    batch = run_inputs(processor, "five_seconds.left")
+    likeliest = goldens["five_seconds.left.greedy"][:, :1]
+    options = {"max_new_tokens": 1, "repetition_penalty": 1e6}
+    assert int(likeliest) not in batch["input_ids"]
+    assert list(model.stream(**batch, **options)) == [likeliest[0]]
+    assert list(model.stream(**batch, **options, past_ids=likeliest)) != [likeliest[0]]
+
+
+def test_threads_that_share_a_model_get_the_answers_of_one(model, processor, goldens):
+    batch = run_inputs(processor, "batch.left")
+    answers = []
+
+    def answer():
+        answers.append(new_ids(model, batch, max_new_tokens=16))
+
+    threads = [threading.Thread(target=answer) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(answers) == 4
+    for ids in answers:
+        assert torch.equal(ids, goldens["batch.left.greedy"][:, :16])
 
 
 def test_more_tokens_than_positions_are_refused_before_any_work(model, processor, monkeypatch):
-    monkeypatch.setattr(model, "prefill", lambda *_: pytest.fail("it began to work"))
+    monkeypatch.setattr(model, "prefill", lambda *_: pytest.fail("the prompt was read"))
+    batch = run_inputs(processor, "five_seconds.left")
     with pytest.raises(ValueError, match=r"max_new_tokens=4096 .* 4096 positions"):
-        model.generate(
-            **without_labels(run_inputs(processor, "five_seconds.left")), max_new_tokens=4096
-        )
+        model.generate(**batch, max_new_tokens=4096)
+
+
+def test_a_cache_too_small_for_the_turn_is_refused(model, processor):
+    cache = KeyValueCache(model.config.text_config, 1, 60, model.dtype, model.device)
+    batch = processor("One?", sound(20000))
+    with pytest.raises(ValueError, match="max_new_tokens=30"):
+        list(model.stream(**batch, cache=cache, max_new_tokens=30))
 
 
 @pytest.mark.parametrize(
     "option, value",
     [
         ("max_new_tokens", 0),
-        ("temperature", 0.0),
-        ("top_k", -1),
         ("max_new_tokens", 2.5),
+        ("temperature", 0.0),
         ("temperature", "hot"),
+        ("top_k", -1),
         ("top_p", 1.5),
         ("repetition_penalty", -1.0),
     ],
@@ -431,65 +466,60 @@ def test_an_option_out_of_range_is_refused_by_name(option, value):
 # ---- Sampling ----
 
 
-def draws(logits, count=4000, **options):
+def draw_frequencies(logits, **options):
+    """How often each id is drawn, of 4000 draws."""
     torch.manual_seed(0)
-    rows = torch.tensor([logits]).expand(count, -1)
-    options = GenerationConfig(do_sample=True, **options)
-    return (
-        torch.bincount(
-            next_token(rows, torch.zeros_like(rows, dtype=torch.bool), options),
-            minlength=len(logits),
-        )
-        / count
-    )
+    rows = torch.tensor([logits]).expand(4000, -1)
+    seen = torch.zeros_like(rows, dtype=torch.bool)
+    ids = next_token(rows, seen, GenerationConfig(do_sample=True, **options))
+    return torch.bincount(ids, minlength=len(logits)) / len(rows)
 
 
-def test_sampling_follows_the_probabilities_at_its_temperature():
+def drawn_ids(probabilities, **options):
+    logits = torch.tensor(probabilities).log().tolist()
+    return draw_frequencies(logits, **options).nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_sampling_follows_the_probabilities_at_its_temperature(temperature):
     logits = [1.0, 0.0, 2.0, -1.0]
-    for temperature in (0.5, 1.0, 2.0):
-        wanted = (torch.tensor(logits) / temperature).softmax(0)
-        assert (draws(logits, temperature=temperature) - wanted).abs().max() < 0.03
+    expected = (torch.tensor(logits) / temperature).softmax(0)
+    frequencies = draw_frequencies(logits, temperature=temperature)
+    assert (frequencies - expected).abs().max() < 0.03
 
 
 def test_top_k_keeps_the_k_likeliest():
-    assert (draws([1.0, 0.0, 2.0, -1.0], top_k=2) > 0).tolist() == [True, False, True, False]
+    assert drawn_ids([0.3, 0.1, 0.5, 0.1], top_k=2) == [0, 2]
 
 
 def test_top_p_keeps_the_fewest_that_hold_p_of_the_probability():
-    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().tolist()
-    assert (draws(logits, top_p=0.45) > 0).tolist() == [True, False, False, False]
-    assert (draws(logits, top_p=0.7) > 0).tolist() == [True, True, False, False]
+    probabilities = [0.5, 0.3, 0.15, 0.05]
+    assert drawn_ids(probabilities, top_p=0.45) == [0]
+    assert drawn_ids(probabilities, top_p=0.7) == [0, 1]
 
 
-def test_top_p_counts_within_what_top_k_left_at_the_temperature():
-    logits = (
-        torch.tensor([0.4, 0.3, 0.2, 0.1]).log().tolist()
-    )  # of the first two, the first holds 0.4 / 0.7
-    assert (draws(logits, top_k=2, top_p=0.55) > 0).tolist() == [True, False, False, False]
-    assert (draws(logits, top_k=2, top_p=0.55, temperature=5.0) > 0).tolist() == [
-        True,
-        True,
-        False,
-        False,
-    ]
+def test_top_p_is_a_part_of_what_top_k_has_left_at_the_temperature():
+    probabilities = [0.4, 0.3, 0.2, 0.1]  # of the first two, the first holds 0.4 / 0.7
+    assert drawn_ids(probabilities, top_k=2, top_p=0.55) == [0]
+    assert drawn_ids(probabilities, top_k=2, top_p=0.55, temperature=5.0) == [0, 1]
 
 
-def test_the_repetition_penalty_divides_positive_and_multiplies_negative_logits_of_seen_ids():
-    logits, seen = torch.tensor([[2.0, 1.9, -1.0]]), torch.tensor([[True, False, False]])
-    assert next_token(logits, seen, GenerationConfig()).item() == 0
-    assert next_token(logits, seen, GenerationConfig(repetition_penalty=1.3)).item() == 1
-    negative = torch.tensor([[-1.0, -1.2, -9.0]])
-    assert next_token(negative, seen, GenerationConfig(repetition_penalty=1.3)).item() == 1
+def test_the_repetition_penalty_lowers_the_logits_of_seen_ids():
+    seen = torch.tensor([[True, False, False]])
+    penalty = GenerationConfig(repetition_penalty=1.3)
+    positive = torch.tensor([[2.0, 1.9, -1.0]])  # divided by 1.3
+    negative = torch.tensor([[-1.0, -1.2, -9.0]])  # multiplied by 1.3
+    assert next_token(positive, seen, GenerationConfig()).item() == 0
+    assert next_token(positive, seen, penalty).item() == 1
+    assert next_token(negative, seen, penalty).item() == 1
 
 
-# ---- The published snippet ----
+# ---- The published examples ----
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_published_snippet_runs(micro, processor, dtype):
-    model = AudioFlamingo3ForConditionalGeneration.from_pretrained(
-        micro, device_map="auto", dtype=dtype
-    ).eval()
+def test_the_published_chat_example_runs(micro, processor, dtype):
+    model = from_pretrained(micro, device_map="auto", dtype=dtype).eval()
     conversations = [
         conversation(sound(40000), "Transcribe the input speech."),
         conversation(sound(500000), "Describe the song."),
@@ -498,54 +528,45 @@ def test_the_published_snippet_runs(micro, processor, dtype):
         conversations,
         tokenize=True,
         add_generation_prompt=True,
-        return_dict=True,
         sampling_rate=getattr(processor.feature_extractor, "sampling_rate", 16000),
+        return_dict=True,
     ).to(model.device)
     gen_ids = model.generate(**batch, max_new_tokens=5)
+    new_tokens = gen_ids[:, batch["input_ids"].shape[1] :]
     texts = processor.batch_decode(
-        gen_ids[:, batch["input_ids"].shape[1] :],
-        skip_special_tokens=True,
-        clean_up_tokenization_spaces=False,
+        new_tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
+    assert len(texts) == 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_published_processor_example_runs(micro, processor, dtype):
+    model = from_pretrained(micro, device_map="auto", dtype=dtype).eval()
     inputs = processor(
         ["Transcribe the input speech.", "<sound><sound>\nDescribe the ambience."],
         [sound(40000), sound(500000)],
         padding_side="left",
         tensor_type="pt",
+    ).to(model.device)
+    ids = model.generate(**inputs, max_new_tokens=5)
+    texts = processor.batch_decode(ids, skip_special_tokens=True)
+    answers = [text.split("\nassistant\n")[-1] for text in texts]
+    assert len(answers) == 2
+    assert "ambience" not in answers[1]
+
+
+def test_a_decoder_of_other_head_counts_is_built_from_its_configuration():
+    text_config = Qwen2Config(
+        vocab_size=9,
+        hidden_size=32,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_hidden_layers=1,
+        intermediate_size=8,
     )
-    answers = [
-        a.split("\nassistant\n")[-1]
-        for a in processor.batch_decode(
-            model.generate(**inputs, max_new_tokens=5), skip_special_tokens=True
-        )
-    ]
-    assert len(texts) == len(answers) == 2
-
-
-# ---- Shape of the code ----
-
-
-def test_heads_are_counted_off_the_projections(model):
-    config = AudioFlamingo3Config(
-        AudioFlamingo3EncoderConfig(
-            hidden_size=32, num_attention_heads=4, num_hidden_layers=1, intermediate_size=8
-        ),
-        Qwen2Config(
-            vocab_size=9,
-            hidden_size=32,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            num_hidden_layers=1,
-            intermediate_size=8,
-        ),
+    audio_config = AudioFlamingo3EncoderConfig(
+        hidden_size=32, num_attention_heads=4, num_hidden_layers=1, intermediate_size=8
     )
-    attention = AudioFlamingo3ForConditionalGeneration(config).audio_tower.layers[0].self_attn
-    for projection in (
-        attention.q_proj,
-        attention.k_proj,
-        attention.v_proj,
-    ):  # one shard of two: half of the heads
-        projection.weight.data = projection.weight.data[:16]
-        projection.bias = None
-    attention.out_proj.weight.data = attention.out_proj.weight.data[:, :16]
-    assert attention(torch.zeros(1, 5, 32), None).shape == (1, 5, 32)
+    config = AudioFlamingo3Config(audio_config, text_config, audio_token_id=8)
+    model = AudioFlamingo3ForConditionalGeneration(config)
+    assert model(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 9)

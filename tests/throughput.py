@@ -1,11 +1,12 @@
-"""How much faster many sounds are answered together than one by one, and a second question than the first.
+"""How much faster many recordings are answered together, and a second question than the first.
 
-    python tests/throughput.py [FOLDER of recordings] [--clips 200] [--model tiny] [--max-new-tokens 64]
+    python tests/throughput.py [FOLDER] [--clips 200] [--model tiny] [--max-new-tokens 64]
 
-Writes clips of 0.5 to 30 s, made of the folder's recordings laid end to end, or else of noise and tones; answers them all
-with generate.py at several batch sizes, and some of them with one run of generate.py each. Then two minutes of sound are
-asked two questions by --chat. Prints Markdown tables.
+Writes clips of 0.5 to 30 s, made of the recordings in FOLDER one after the other, or else of tones
+and noise. Answers them all with generate.py at several batch sizes, and some of them with a run of
+generate.py each. Then asks two questions about two minutes of audio with --chat. Prints tables.
 """
+
 import argparse
 import random
 import re
@@ -19,50 +20,84 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from processor import SAMPLE_RATE, load_audio
+from plumbing.audio_file import load_audio
+from processor import SAMPLE_RATE
 from signals import sound, write_wav
 
+PROMPT = "What sound is this?"
 
-def clip(recordings: list[Path], seconds: float, choose: random.Random) -> np.ndarray:
-    pieces = [sound(round(seconds * SAMPLE_RATE), seed=choose.randrange(1000))] if not recordings else []
-    while sum(map(len, pieces)) < seconds * SAMPLE_RATE:
-        pieces.append(load_audio(choose.choice(recordings)))
-    return np.concatenate(pieces)[:round(seconds * SAMPLE_RATE)]
+
+def make_clip(recordings: list[Path], seconds: float, rng: random.Random) -> np.ndarray:
+    samples = round(seconds * SAMPLE_RATE)
+    if not recordings:
+        return sound(samples, seed=rng.randrange(1000))
+    parts = []
+    while sum(len(part) for part in parts) < samples:
+        parts.append(load_audio(rng.choice(recordings)))
+    return np.concatenate(parts)[:samples]
 
 
 def generate(args: argparse.Namespace, *arguments, **options) -> tuple[float, str]:
-    """Seconds of a whole run of generate.py, and its stderr."""
+    """Seconds of a run of generate.py, and what it prints on stderr."""
+    command = [sys.executable, ROOT / "generate.py", "--model", args.model]
+    command += ["--max-new-tokens", args.max_new_tokens, *arguments]
     start = time.perf_counter()
-    command = [sys.executable, ROOT / "generate.py", "--model", args.model, "--max-new-tokens", args.max_new_tokens, *arguments]
-    command = list(map(str, command))
-    result = subprocess.run(command, capture_output=True, text=True, check=True, **options)
+    result = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, check=True, **options
+    )
     return time.perf_counter() - start, result.stderr
 
 
+def time_batches(args: argparse.Namespace, folder: str, clips: list[Path]) -> None:
+    """Prints clips a second, one by one and in batches."""
+    print("| | clips a second |\n|---|---|", flush=True)
+    some = clips[::20]
+    seconds = sum(generate(args, path, PROMPT, "--quiet")[0] for path in some) / len(some)
+    print(f"| a run of generate.py each ({len(some)} of them) | {1 / seconds:.2f} |", flush=True)
+    for size in (1, 2, 4, 8, 16):
+        seconds, stderr = generate(args, folder, PROMPT, "--batch-size", size)
+        answering = float(re.search(r" in ([\d.]+) s", stderr)[1])
+        rate = len(clips) / seconds
+        rate_without_start = len(clips) / answering
+        print(
+            f"| one run, --batch-size {size} | {rate:.2f} "
+            f"({rate_without_start:.2f} without its start) |",
+            flush=True,
+        )
+
+
+def time_questions(args: argparse.Namespace, path: Path) -> None:
+    """Prints the seconds to the first token of two questions on the same recording."""
+    lines = f"{PROMPT}\n{PROMPT}\n/quit\n"
+    _, stderr = generate(args, "--chat", path, input=lines)
+    first, second = re.findall(r"the first after ([\d.]+) s", stderr)
+    ratio = float(second) / float(first)
+    print(f"\nfirst token of two questions on two minutes: {first} s, {second} s, {ratio:.1%}")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--clips", type=int, default=200)
     parser.add_argument("--model", default=str(ROOT / "tiny"))
     parser.add_argument("--max-new-tokens", type=int, default=64)
     args = parser.parse_args()
-    recordings = sorted(args.folder.rglob("*.wav")) if args.folder else []
-    choose = random.Random(0)
-    with tempfile.TemporaryDirectory() as work:
-        clips = [write_wav(Path(work, f"{i:03d}.wav"), clip(recordings, 0.5 * 60 ** choose.random(), choose)) for i in range(args.clips)]
+    recordings = []
+    if args.folder:
+        recordings = sorted(args.folder.rglob("*.wav"))
+    rng = random.Random(0)
+    with tempfile.TemporaryDirectory() as folder:
+        clips = []
+        for number in range(args.clips):
+            waveform = make_clip(recordings, 0.5 * 60 ** rng.random(), rng)
+            clips.append(write_wav(Path(folder, f"{number:03d}.wav"), waveform))
         seconds = sum(path.stat().st_size for path in clips) / 2 / SAMPLE_RATE
-        print(f"{args.clips} clips of 0.5 to 30 s, {seconds:.0f} s together\n\n| | clips a second |\n|---|---|", flush=True)
-        some = clips[::20]
-        each = sum(generate(args, path, "What sound is this?", "--quiet")[0] for path in some) / len(some)
-        print(f"| a run of generate.py each ({len(some)} of them) | {1 / each:.2f} |", flush=True)
-        for size in (1, 2, 4, 8, 16):
-            took, err = generate(args, work, "What sound is this?", "--batch-size", size)
-            answering = float(re.search(r" in ([\d.]+) s", err)[1])
-            print(f"| one run, --batch-size {size} | {args.clips / took:.2f} ({args.clips / answering:.2f} without its start) |", flush=True)
-        long = write_wav(Path(work, "two_minutes.wav"), clip(recordings, 120, choose))
-        _, err = generate(args, "--chat", long, input="What sound is this?\nWhat sound is this?\n/quit\n")
-        first, second = (float(found) for found in re.findall(r"the first after ([\d.]+) s", err))
-        print(f"\nfirst token of two questions on two minutes of sound: {first:.2f} s, {second:.3f} s, {second / first:.1%}")
+        print(f"{args.clips} clips of 0.5 to 30 s, {seconds:.0f} s together\n")
+        time_batches(args, folder, clips)
+        long = write_wav(Path(folder, "two_minutes.wav"), make_clip(recordings, 120, rng))
+        time_questions(args, long)
 
 
 if __name__ == "__main__":

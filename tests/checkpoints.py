@@ -1,0 +1,80 @@
+"""Changes a checkpoint directory in ways that tests need."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def change_json(path: Path, **fields) -> None:
+    path.write_text(json.dumps(read_json(path) | fields))
+
+
+def change_section(path: Path, section: str, **fields) -> None:
+    """Changes fields of an object inside a JSON file."""
+    change_json(path, **{section: read_json(path)[section] | fields})
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    """Calls `change` with the tensors of a checkpoint, and writes what it makes of them."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def write_sharded(folder: Path) -> None:
+    """Divides model.safetensors into two shards and an index."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    weight_map = {}
+    for number, part in enumerate([names[:30], names[30:]], start=1):
+        shard = f"model-{number:05d}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, folder / shard)
+        for name in part:
+            weight_map[name] = shard
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+# The model's prefix of the tensors in each folder of the original layout.
+ORIGINAL_PREFIXES = {
+    "llm": "language_model.",
+    "sound_tower": "audio_tower.",
+    "sound_mm_projector": "multi_modal_projector.",
+}
+
+
+def write_original(hub: Path, folder: Path) -> None:
+    """The weights of a hub layout in the layout of nvidia/audio-flamingo-3, with its names."""
+    config = read_json(hub / "config.json")
+    text_config = config["text_config"]
+    text_config["rope_theta"] = text_config.pop("rope_parameters")["rope_theta"]
+    audio_config = config["audio_config"]
+    audio_config["d_model"] = audio_config.pop("hidden_size")
+    audio_config["encoder_layers"] = audio_config.pop("num_hidden_layers")
+    audio_config["encoder_attention_heads"] = audio_config.pop("num_attention_heads")
+    audio_config["encoder_ffn_dim"] = audio_config.pop("intermediate_size")
+
+    configs = {"llm": text_config, "sound_tower": audio_config, "sound_mm_projector": {}}
+    tensors = load_file(hub / "model.safetensors")
+    for part, prefix in ORIGINAL_PREFIXES.items():
+        (folder / part).mkdir(parents=True)
+        (folder / part / "config.json").write_text(json.dumps(configs[part]))
+        renamed = {}
+        for name, tensor in tensors.items():
+            if name.startswith(prefix):
+                name = name.removeprefix(prefix)
+                name = name.replace("linear_1", "layers.0").replace("linear_2", "layers.2")
+                renamed[name] = tensor
+        save_file(renamed, folder / part / "model.safetensors")
+    (folder / "config.json").write_text('{"model_type": "llava_llama"}')
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(hub / name, folder / "llm")

@@ -1,0 +1,343 @@
+"""Whatever lies on a disk: each file is read, or refused in one line that names it. Nothing hangs,
+and no file leads to another."""
+
+import math
+import os
+import random
+import resource
+import struct
+import subprocess
+import unicodedata
+
+import numpy as np
+import pytest
+import torch
+
+from plumbing.audio_file import load_audio
+from processor import N_SAMPLES, SAMPLE_RATE, log_mel
+from signals import sound, write_wav
+
+# ---- Damaged files ----
+
+SAMPLES = (0.5 * sound(4000) * 32767).astype("<i2").tobytes()
+
+# The header's code and bits.
+KINDS = {
+    "u8": (1, 8),
+    "i16": (1, 16),
+    "i24": (1, 24),
+    "f32": (3, 32),
+    "f64": (3, 64),
+    "mulaw": (7, 8),
+    "adpcm": (2, 4),
+}
+
+# Values to try in each field of the header.
+U16 = [0, 1, 2, 3, 255, 256, 32767, 65535]
+U32 = [0, 1, 2, 3, 17, 1000, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1]
+EXTREMES = {
+    "riff_size": U32,
+    "fmt_size": [*U32, 14, 15, 16, 18, 40],
+    "code": [*U16, 6, 7, 17, 0x55, 0xFFFE],
+    "channels": U16,
+    "rate": [*U32, 7, 999, 44101, 767999, 768000, 768001],
+    "byte_rate": U32,
+    "frame_bytes": [*U16, 4, 6, 8],
+    "bits": [*U16, 7, 8, 12, 16, 24, 32, 33, 64],
+    "data_size": [*U32, len(SAMPLES) - 1, len(SAMPLES) + 1],
+}
+
+
+def odd_wav(
+    kind: str = "i16",
+    magic: bytes = b"RIFF",
+    form: bytes = b"WAVE",
+    before_data: bytes = b"",
+    samples: bytes = SAMPLES,
+    **fields,
+) -> bytes:
+    """A WAV file whose header may say anything: `fields` are set to any value."""
+    code, bits = KINDS[kind]
+    header = {
+        "riff_size": 36 + len(before_data) + len(samples),
+        "fmt_size": 16,
+        "code": code,
+        "channels": 1,
+        "rate": 16000,
+        "byte_rate": 2000 * bits,
+        "frame_bytes": bits // 8,
+        "bits": bits,
+        "data_size": len(samples),
+    }
+    header |= fields
+    content = magic + struct.pack("<I", header["riff_size"]) + form
+    content += b"fmt " + struct.pack("<I", header["fmt_size"])
+    content += struct.pack("<HHI", header["code"], header["channels"], header["rate"])
+    content += struct.pack("<IHH", header["byte_rate"], header["frame_bytes"], header["bits"])
+    content += before_data + b"data" + struct.pack("<I", header["data_size"])
+    return content + samples
+
+
+def wavs_with_odd_headers() -> dict[str, bytes]:
+    files = {}
+    for kind in ("i16", "f32", "mulaw"):
+        for field, values in EXTREMES.items():
+            for value in values:
+                files[f"{kind} {field}={value}"] = odd_wav(kind, **{field: value})
+    for magic in (b"RIFX", b"RF64", b"riff", b"FORM", b"\0\0\0\0", b"OggS", b"fLaC", b"ID3\4"):
+        files[f"magic {magic!r}"] = odd_wav(magic=magic)
+    files["not WAVE"] = odd_wav(form=b"AVI ")
+    sizes = {"data_size": 2**32 - 4, "riff_size": 2**32 - 1}
+    files["four gigabytes in 44 bytes"] = odd_wav(samples=b"", **sizes)
+    return files
+
+
+def truncated_wavs() -> dict[str, bytes]:
+    files = {}
+    whole = odd_wav()
+    for length in [*range(47), len(whole) // 2, len(whole) - 1]:
+        files[f"cut at {length}"] = whole[:length]
+    for kind in KINDS:
+        files[f"{kind} whole"] = odd_wav(kind)
+        files[f"{kind} cut"] = odd_wav(kind)[:3000]
+    files["no samples"] = odd_wav(samples=b"")
+    files["one byte"] = odd_wav(samples=b"\1")
+    return files
+
+
+def wavs_with_odd_chunks() -> dict[str, bytes]:
+    whole = odd_wav()
+    riff, fmt, data = whole[:12], whole[12:36], whole[36:]
+    return {
+        "data before fmt": riff + data + fmt,
+        "two fmt": odd_wav(before_data=fmt),
+        "two data": whole + data,
+        "trailing rubbish": whole + b"\xff" * 999,
+        "odd chunk": odd_wav(before_data=b"junk\x03\0\0\0abc\0"),
+        "odd chunk without padding": odd_wav(before_data=b"junk\x03\0\0\0abc"),
+        "chunk of 4 GB": odd_wav(before_data=b"junk\xff\xff\xff\xff"),
+    }
+
+
+OTHER_FILES = {
+    "text": b"Hello, world!\n" * 99,
+    "html": b"<html>" * 99,
+    "zeros": bytes(9999),
+    "noise": random.Random(0).randbytes(9999),
+    "python": b"import os; os.abort()\n" * 99,
+    "playlist": b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n",
+    "remote playlist": b"#EXTM3U\nhttp://127.0.0.1:9/a.mp3\n",
+    "concat": b"ffconcat version 1.0\nfile /etc/passwd\n",
+    "sdp": b"v=0\no=- 0 0 IN IP4 127.0.0.1\nm=audio 9 RTP/AVP 0\n",
+}
+
+READABLE = {"i16 whole", "f32 whole", "two fmt", "two data", "trailing rubbish", "odd chunk"}
+READABLE |= {"i16 data_size=4294967295"}
+UNREADABLE = set(OTHER_FILES) - {"noise", "python"}
+UNREADABLE |= {"not WAVE", "no samples", "four gigabytes in 44 bytes"}
+
+
+def refusal(path) -> str:
+    """'' if the file can be read; else why not, in one line that names the file."""
+    try:
+        waveform = load_audio(path)
+    except (ValueError, OSError) as error:
+        message = str(error)
+        assert path.name in message
+        assert "\n" not in message.replace(path.name, "")
+        return message
+    assert waveform.ndim == 1
+    assert waveform.dtype == np.float32
+    assert len(waveform) > 0
+    return ""
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_three_hundred_damaged_wav_files_are_read_or_refused_by_name_in_little_memory(tmp_path):
+    files = wavs_with_odd_headers() | truncated_wavs() | wavs_with_odd_chunks() | OTHER_FILES
+    path = tmp_path / "odd.wav"
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB
+    read = set()
+    for name, content in files.items():
+        path.write_bytes(content)
+        if not refusal(path):
+            read.add(name)
+    assert len(files) >= 300
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 300_000
+    assert READABLE <= read
+    assert not UNREADABLE & read
+
+
+CODECS = {
+    "mp3": "libmp3lame",
+    "flac": "flac",
+    "ogg": "libvorbis",
+    "opus": "libopus",
+    "m4a": "aac",
+    "aiff": "pcm_s16be",
+    "w64": "pcm_s16le",
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("suffix", CODECS)
+def test_a_container_cut_or_damaged_anywhere_is_read_or_refused_by_name(tmp_path, ffmpeg, suffix):
+    source = write_wav(tmp_path / "a.wav", sound(32000))
+    whole = tmp_path / f"whole.{suffix}"
+    command = [ffmpeg, "-v", "error", "-i", source, "-c:a", CODECS[suffix], whole]
+    if subprocess.run(command).returncode != 0:
+        pytest.skip(f"this ffmpeg has no {CODECS[suffix]}")
+    assert refusal(whole) == ""
+    content = whole.read_bytes()
+    path = tmp_path / f"damaged.{suffix}"
+    for position in random.Random(1).sample(range(len(content)), 8):
+        path.write_bytes(content[:position])
+        refusal(path)
+        damaged = bytearray(content)
+        damaged[position] ^= 0xFF
+        path.write_bytes(damaged)
+        refusal(path)
+
+
+# ---- Odd names ----
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "with space.wav",
+        "new\nline.wav",
+        "quote'\".wav",
+        "-y.wav",
+        "%d.wav",
+        "日本語.wav",
+        "a:b|c.wav",
+        b"\xff\xfe.wav",
+        "file:x.wav",
+    ],
+)
+@pytest.mark.parametrize("kind", ["i16", "mulaw"])  # mulaw goes through ffmpeg
+def test_any_file_name_is_only_a_name(tmp_path, ffmpeg, monkeypatch, kind, name):
+    monkeypatch.chdir(tmp_path)
+    path = os.fsdecode(name)
+    with open(path, "wb") as file:
+        file.write(odd_wav(kind))
+    assert len(load_audio(path)) > 3000
+
+
+def test_a_directory_a_pipe_a_device_and_a_link_to_itself_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe.wav")
+    (tmp_path / "self.wav").symlink_to(tmp_path / "self.wav")
+    (tmp_path / "device.wav").symlink_to("/dev/zero")
+    assert refusal(tmp_path)
+    assert refusal(tmp_path / "pipe.wav")
+    assert refusal(tmp_path / "self.wav")
+    assert refusal(tmp_path / "device.wav")
+
+
+# ---- Odd signals ----
+
+SECOND = np.arange(SAMPLE_RATE)
+SIGNALS = {
+    "silence": 0 * SECOND,
+    "square wave": np.where(SECOND % 100 < 50, 1, -1),
+    "constant": 1 + 0 * SECOND,
+    "impulse": SECOND == 800,
+    "denormal numbers": 1e-42 + 0 * SECOND,
+    "very loud": 1e9 * np.sin(SECOND),
+    "shortest": SECOND[:321],
+}
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_an_odd_signal_gives_a_finite_log_mel(processor, name):
+    features = processor("Hm?", SIGNALS[name].astype(np.float32))["input_features"]
+    assert features.isfinite().all()
+    assert features.abs().max() < 10
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30])
+def test_a_single_sample_that_is_not_finite_is_refused(processor, value):
+    waveform = np.zeros(SAMPLE_RATE, dtype=np.float32)
+    waveform[5000] = value
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        processor("Hm?", waveform)
+
+
+def test_eight_channels_at_96_khz_are_read(tmp_path):
+    mono = (0.5 * sound(96000) * 32767).astype("<i2")
+    samples = np.repeat(mono[:, None], 8, axis=1).tobytes()
+    path = tmp_path / "a.wav"
+    path.write_bytes(odd_wav(samples=samples, channels=8, rate=96000, frame_bytes=16))
+    assert len(load_audio(path)) == SAMPLE_RATE
+
+
+# ---- Properties, on random examples that are always the same ----
+
+RNG = random.Random(5)
+LENGTHS = [321, 16080, 479999, 480000, 480001]
+
+
+def random_batch() -> list[int]:
+    lengths = []
+    for _ in range(RNG.randint(1, 3)):
+        lengths.append(RNG.choice([*LENGTHS, RNG.randrange(321, 1_000_000)]))
+    return lengths
+
+
+@pytest.mark.parametrize("lengths", [random_batch() for _ in range(12)], ids=str)
+def test_any_batch_has_as_many_sound_ids_as_audio_frames(model, processor, lengths):
+    side = RNG.choice(["left", "right"])
+    waveforms = [sound(samples) for samples in lengths]
+    batch = processor(["Hm?"] * len(lengths), waveforms, padding_side=side)
+    frames = model.get_audio_features(batch["input_features"], batch["feature_attention_mask"])
+    assert int((batch["input_ids"] == processor.audio_token_id).sum()) == len(frames)
+
+
+def test_the_order_and_the_other_rows_of_a_batch_change_no_row(model, processor):
+    waveforms = [sound(samples) for samples in (321, 40000, 16080, 80000, 500000)]
+    alone = []
+    for waveform in waveforms:
+        alone.append(model.generate(**processor("What?", waveform), max_new_tokens=6)[0, -6:])
+    for _ in range(4):
+        order = RNG.sample(range(5), RNG.randint(2, 5))
+        side = RNG.choice(["left", "right"])
+        chosen = [waveforms[i] for i in order]
+        batch = processor(["What?"] * len(order), chosen, padding_side=side)
+        answers = model.generate(**batch, max_new_tokens=6)[:, -6:]
+        assert torch.equal(answers, torch.stack([alone[i] for i in order]))
+
+
+ALPHABETS = [
+    "abc XYZ 019 \n\t.,;'\"",
+    "äöüßéñ",
+    "漢字かな",
+    "🙂👍🏽",
+    "e\u0301a\u0308",
+    "\u202e\u200b\0",
+    "<|im_end|>",
+    "<sound>",
+]
+
+
+def random_text() -> str:
+    parts = []
+    for _ in range(RNG.randint(0, 40)):
+        alphabet = RNG.choice(ALPHABETS)
+        whole = RNG.random() < 0.1
+        parts.append(alphabet if whole else RNG.choice(alphabet))
+    return "".join(parts)
+
+
+def test_five_thousand_random_texts_come_back_from_the_tokenizer_as_their_nfc(processor):
+    for _ in range(5000):
+        text = random_text()
+        ids = processor.tokenizer.encode(text)
+        assert processor.tokenizer.decode(ids) == unicodedata.normalize("NFC", text)
+
+
+def test_the_log_mel_of_two_windows_is_that_of_each_window(processor):
+    waveform = torch.from_numpy(sound(900_001))
+    features = processor("Hm?", waveform)["input_features"]
+    first, second = waveform.split(N_SAMPLES)
+    assert torch.equal(features, torch.stack([log_mel(first), log_mel(second)]))

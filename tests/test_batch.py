@@ -1,0 +1,310 @@
+"""Many recordings: a JSON line for each, in the order asked, each answered as if it were alone."""
+
+import json
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import generate
+from af3 import AudioFlamingo3ForConditionalGeneration
+from processor import AudioFlamingo3Processor
+from programs import PROGRAM, Terminal, start_generate
+from signals import sound, write_wav
+
+ONE_TOKEN = ("--max-new-tokens", 1)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Clips of 0.5 to 3 s in two folders, a text, and a text that is named like a sound."""
+    clips = tmp_path / "clips"
+    for number, seconds in enumerate((3, 0.5, 2, 1.5, 0.75)):
+        path = clips / f"part {number % 2}" / f"{number}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_wav(path, sound(int(seconds * 16000), seed=number))
+    (clips / "notes.txt").write_text("no sound")
+    (clips / "broken.WAV").write_text("no sound either")
+    return clips
+
+
+def parse_lines(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.fixture
+def run_lines(run):
+    """Runs the command line; the objects that it prints as JSON lines."""
+
+    def call(*arguments):
+        status, out, _ = run(*arguments)
+        assert status == 0
+        return parse_lines(out)
+
+    return call
+
+
+# ---- Answers ----
+
+
+def test_a_folder_is_answered_in_order_and_each_recording_as_if_alone(run, run_lines, folder):
+    jobs = run_lines(folder, "Hi", "--max-new-tokens", 4, "--batch-size", 2)
+    files = [str(path) for path in folder.rglob("*") if path.suffix.lower() == ".wav"]
+    assert [job["audio"] for job in jobs] == sorted(files)
+    for job in jobs:
+        if not job["audio"].endswith("broken.WAV"):
+            _, alone, _ = run(job["audio"], "Hi", "--max-new-tokens", 4, "--quiet")
+            assert job["answer"] + "\n" == alone
+
+
+def test_a_recording_that_cannot_be_read_gets_an_error_and_the_others_answers(run, folder):
+    _, out, err = run(folder, "Hi", *ONE_TOKEN)
+    broken = parse_lines(out)[0]
+    assert list(broken) == ["audio", "prompt", "error"]
+    assert broken["audio"].endswith("broken.WAV")
+    assert err.startswith("answered 5 of 6 in ")
+
+
+def test_the_last_word_is_the_prompt_if_it_is_no_file(run_lines, clip, folder):
+    without_prompt = run_lines(clip, clip, *ONE_TOKEN)
+    with_prompt = run_lines(clip, folder / "part 0", "Who?", *ONE_TOKEN)
+    with_missing_file = run_lines(clip, "gone.wav", "Who?", *ONE_TOKEN)
+    assert {job["prompt"] for job in without_prompt} == {"Transcribe the input speech."}
+    assert {job["prompt"] for job in with_prompt} == {"Who?"}
+    assert {job["prompt"] for job in with_missing_file} == {"Who?"}
+
+
+def test_a_mistyped_file_name_is_not_taken_for_the_prompt(run_lines, clip):
+    jobs = run_lines(clip, clip, "melodi.wav", *ONE_TOKEN)
+    assert [job["prompt"] for job in jobs] == ["Transcribe the input speech."] * 3
+    assert "melodi.wav: no such file" in jobs[2]["error"]
+
+
+def record_lengths(monkeypatch):
+    """A list to which each batch adds the samples of its recordings."""
+    lengths = []
+    call = AudioFlamingo3Processor.__call__
+
+    def recording_call(processor, texts, audios, **options):
+        lengths.append([len(audio) for audio in audios])
+        return call(processor, texts, audios, **options)
+
+    monkeypatch.setattr(AudioFlamingo3Processor, "__call__", recording_call)
+    return lengths
+
+
+def test_recordings_of_like_length_share_a_batch(run, folder, monkeypatch):
+    lengths = record_lengths(monkeypatch)
+    run(folder, "Hi", *ONE_TOKEN, "--batch-size", 2)
+    assert lengths == [[8000, 12000], [24000, 32000], [48000]]
+
+
+def test_a_batch_that_does_not_fit_in_memory_is_answered_one_by_one(run_lines, folder, monkeypatch):
+    generate_ids = AudioFlamingo3ForConditionalGeneration.generate
+
+    def run_out_of_memory(model, input_ids, *rest, **options):
+        if len(input_ids) > 1:
+            raise RuntimeError("out of memory")
+        return generate_ids(model, input_ids, *rest, **options)
+
+    monkeypatch.setattr(AudioFlamingo3ForConditionalGeneration, "generate", run_out_of_memory)
+    jobs = run_lines(folder, "Hi", *ONE_TOKEN)
+    assert sum("answer" in job for job in jobs) == 5
+
+
+def test_a_recording_too_large_for_memory_is_an_error_of_its_own(run_lines, folder, monkeypatch):
+    load = AudioFlamingo3Processor.waveform
+
+    def run_out_of_memory(processor, audio, name="audio"):
+        if str(audio).endswith("3.wav"):
+            raise MemoryError("Unable to allocate 11.2 GiB")
+        return load(processor, audio, name)
+
+    monkeypatch.setattr(AudioFlamingo3Processor, "waveform", run_out_of_memory)
+    jobs = run_lines(folder, "Hi", *ONE_TOKEN)
+    errors = {Path(job["audio"]).name: job["error"] for job in jobs if "error" in job}
+    assert errors["3.wav"] == "Unable to allocate 11.2 GiB"
+    assert sum("answer" in job for job in jobs) == 4
+
+
+def test_a_warning_names_its_recording(run, clip, tmp_path):
+    long = write_wav(tmp_path / "long.wav", sound(601 * 16000))
+    prompt = "<sound><sound>"  # which is refused, so nothing is computed
+    _, _, err = run(clip, long, long, prompt, *ONE_TOKEN, "--quiet")
+    assert err == f"warning: {long}: 601.0 s of audio: only the first 600.0 s are heard\n" * 2
+
+
+def test_control_characters_in_an_answer_are_escaped(run, clip, monkeypatch):
+    def steering_texts(processor, ids, **_):
+        return ["\x1b[2J\x9b\x7fü"] * len(ids)
+
+    monkeypatch.setattr(AudioFlamingo3Processor, "batch_decode", steering_texts)
+    _, out, _ = run(clip, clip, "Hi", *ONE_TOKEN)
+    assert "\\u001b[2J\\u009b\\u007fü" in out
+    assert parse_lines(out)[0]["answer"] == "\x1b[2J\x9b\x7fü"
+
+
+# ---- JSON lines of prompts ----
+
+
+def write_lines(path, entries):
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return path
+
+
+def test_fields_of_a_prompt_are_kept(run_lines, clip, tmp_path):
+    entries = [
+        {"audio": clip, "prompt": "Hi", "id": 7, "of": {"a": [1]}},
+        {"audio": clip},
+        {"id": "ü", "audio": "gone.wav"},
+        {"audio": clip, "prompt": "<sound><sound>"},
+    ]
+    prompts = write_lines(tmp_path / "in.jsonl", entries)
+    jobs = run_lines("--prompts", prompts, "Else", *ONE_TOKEN)
+    assert ["answer" in job for job in jobs] == [True, True, False, False]
+    assert "gone.wav" in jobs[2]["error"]
+    assert "2 '<sound>'" in jobs[3]["error"]
+    for entry, job in zip(entries, jobs):
+        entry.setdefault("prompt", "Else")
+        asked = {name: job[name] for name in job if name not in ("answer", "error")}
+        assert asked == entry
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "no JSON",
+        "[]",
+        '{"prompt": "Hi"}',
+        '{"audio": 7}',
+        '{"audio": "a.wav", "prompt": 7}',
+        '{"audio": "a.wav", "answer": "mine"}',
+    ],
+)
+def test_a_line_that_is_no_prompt_is_refused_before_any_work(run, tmp_path, line):
+    prompts = tmp_path / "in.jsonl"
+    prompts.write_text('{"audio": "a.wav"}\n' + line)
+    status, out, err = run("--prompts", prompts)
+    assert (status, out) == (2, "")
+    assert "in.jsonl: entry 2" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, reason",
+    [
+        (["EMPTY"], "no sound files inside"),
+        (["CLIP", "CLIP", "--batch-size", 0], "--batch-size is 0"),
+        (["CLIP", "CLIP", "<|im_start|>x"], "The prompt starts with"),
+        (["CLIP", "CLIP", "--chatty"], "--chatty"),
+        (["CLIP", "CLIP", "--max-new-tokens", 0], "max_new_tokens is 0"),
+        (["--prompts", "gone.jsonl"], "gone.jsonl"),
+        (["--prompts", "/dev/null"], "null: not a file"),
+    ],
+)
+def test_bad_input_gets_one_line_and_exit_status_2(run, clip, tmp_path, arguments, reason):
+    (tmp_path / "empty").mkdir()
+    names = {"CLIP": clip, "EMPTY": tmp_path / "empty"}
+    status, out, err = run(*[names.get(argument, argument) for argument in arguments])
+    assert (status, out) == (2, "")
+    assert err.startswith("error: ")
+    assert reason in err
+    assert err.count("\n") == 1
+
+
+# ---- Going on after an interruption ----
+
+
+def test_resume_leaves_out_what_has_an_answer_and_tries_errors_again(run_lines, folder, tmp_path):
+    jobs = run_lines(folder, "Hi", *ONE_TOKEN)
+    earlier = write_lines(tmp_path / "out.jsonl", [jobs[0], jobs[2], jobs[4]])
+    with open(earlier, "a") as file:
+        file.write(json.dumps(jobs[5])[:-9])  # cut off
+    resumed = run_lines(folder, "Hi", *ONE_TOKEN, "--resume", earlier)
+    assert [job["audio"] for job in resumed] == [jobs[i]["audio"] for i in (0, 1, 3, 5)]
+
+
+def test_resume_answers_another_prompt_about_the_same_recordings(run_lines, folder, tmp_path):
+    jobs = run_lines(folder, "Hi", *ONE_TOKEN)
+    earlier = write_lines(tmp_path / "out.jsonl", jobs)
+    resumed = run_lines(folder, "Other", *ONE_TOKEN, "--resume", earlier)
+    assert [job["prompt"] for job in resumed] == ["Other"] * 6
+
+
+def test_resume_reads_a_file_that_ends_within_a_character(run_lines, clip, tmp_path):
+    earlier = tmp_path / "out.jsonl"
+    earlier.write_bytes('{"audio": "x", "answer": "ü'.encode()[:-1])
+    assert len(run_lines(clip, "Hi", *ONE_TOKEN, "--resume", earlier)) == 1
+
+
+def test_what_is_asked_twice_needs_two_answers(run, run_lines, clip, tmp_path):
+    jobs = run_lines(clip, clip, "Hi", *ONE_TOKEN)
+    earlier = write_lines(tmp_path / "out.jsonl", jobs[:1])
+    assert len(run_lines(clip, clip, "Hi", *ONE_TOKEN, "--resume", earlier)) == 1
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_first_run_may_name_the_file_to_resume_from(run_lines, clip, tmp_path, exists):
+    earlier = tmp_path / "out.jsonl"
+    if exists:
+        earlier.touch()  # as the shell does for `>> out.jsonl`
+    assert len(run_lines(clip, "Hi", *ONE_TOKEN, "--resume", earlier)) == 1
+
+
+def test_when_everything_is_answered_no_model_is_loaded(
+    run, run_lines, clip, tmp_path, monkeypatch
+):
+    jobs = run_lines(clip, clip, "Hi", *ONE_TOKEN)
+    for job in jobs:  # the same file by another name
+        job["audio"] = job["audio"].replace("/clip.wav", "/./clip.wav")
+    earlier = write_lines(tmp_path / "out.jsonl", jobs)
+    monkeypatch.setattr(generate, "load_model", None)
+    status, out, err = run(clip, clip, "Hi", *ONE_TOKEN, "--resume", earlier)
+    assert (status, out) == (0, "")
+    assert err.startswith("answered 0 of 0 (and 2 before)")
+
+
+def test_an_output_that_was_cut_off_within_a_line_can_be_appended_to(clip, micro, tmp_path):
+    earlier = tmp_path / "out.jsonl"
+    earlier.write_text('{"audio": "x", "prom')
+    options = [clip, "Hi", "--max-new-tokens", "1", "--model", micro, "--resume", earlier]
+    with open(earlier, "a") as out:
+        subprocess.run([*PROGRAM, *options], stdout=out, check=True)
+    cut_line, new_line = earlier.read_text().splitlines()
+    assert cut_line == '{"audio": "x", "prom'
+    assert "answer" in json.loads(new_line)
+
+
+def test_an_interrupted_run_leaves_whole_lines_and_can_be_resumed(folder, micro, tmp_path):
+    earlier = tmp_path / "out.jsonl"
+    options = [folder, "Hi", "--max-new-tokens", 300, "--batch-size", 1]
+    options += ["--model", micro, "--quiet", "--resume", earlier]
+    process = start_generate(*options)
+    first_line = process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    rest, _ = process.communicate()
+    assert process.returncode in (130, 0)  # 0 if it had ended by then
+    before = parse_lines((first_line + rest).decode())
+    earlier.write_bytes(first_line + rest)
+
+    out, _ = start_generate(*options).communicate()
+    after = before + parse_lines(out.decode())
+    assert len({job["audio"] for job in after if "answer" in job}) == 5
+
+
+# ---- Progress ----
+
+
+def test_progress_is_shown_in_a_terminal(folder, micro):
+    terminal = Terminal(folder, "Hi", *ONE_TOKEN, "--batch-size", 2, "--model", micro)
+    shown = terminal.read_until(rb"answered 5 of 6 in [\d.]+ s")
+    assert terminal.process.wait() == 0
+    assert b"3 of 6, " in shown
+    assert b"a second, " in shown
+    assert b"s left" in shown
+
+
+def test_progress_is_not_shown_in_a_pipe(run, folder):
+    _, _, err = run(folder, "Hi", *ONE_TOKEN)
+    assert " of 6, " not in err

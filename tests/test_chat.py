@@ -1,0 +1,314 @@
+"""Conversations: a turn costs only what is new in it, and the answers are those of the whole
+conversation in one piece."""
+
+import io
+import os
+import signal
+import sys
+import termios
+
+import pytest
+import torch
+
+import generate as program
+from conftest import TINY
+from extras.chat import Conversation
+from programs import Terminal, generate, interrupt_until_it_ends, start_generate
+from signals import sound
+
+DIGITS = TINY / "samples" / "digits.wav"
+RAIN = TINY / "samples" / "rain.wav"
+QUESTIONS = ["What is this?", "And how loud is it?", "Ünd now?"]
+
+
+@pytest.fixture
+def conversation(processor, model):
+    return Conversation(processor, model)
+
+
+def ask(conversation, text, audios=(), **options):
+    """The new ids of the answer."""
+    question = conversation.question(text, audios)
+    return [int(ids) for ids in conversation.answer(question, **options)]
+
+
+def force_answer(monkeypatch, ids):
+    """Makes the model generate these ids."""
+    remaining = iter(ids)
+    monkeypatch.setattr("af3.next_token", lambda *_: torch.tensor([next(remaining)]))
+
+
+# ---- Turns in Python ----
+
+
+def conversation_in_one_piece(processor, audios, answers):
+    """The inputs of the last turn of a conversation that is told from the beginning."""
+    messages = []
+    for number, question in enumerate(QUESTIONS):
+        content = [{"type": "text", "text": question}]
+        for audio in audios[number]:
+            content.append({"type": "audio", "audio": audio})
+        messages.append({"role": "user", "content": content})
+        if number < len(answers):
+            messages.append({"role": "assistant", "content": answers[number]})
+    return processor.apply_chat_template(messages, add_generation_prompt=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.3}])
+def test_the_answer_to_a_later_question_is_that_of_the_whole_conversation_in_one_piece(
+    model, processor, conversation, monkeypatch, options
+):
+    audios = [[sound(80000)], [], [sound(500000)]]
+    answers = ["rain", "two dogs"]
+    for number, answer in enumerate(answers):
+        ids = [*processor.tokenizer.encode(answer), processor.end_id]
+        force_answer(monkeypatch, ids)
+        ask(conversation, QUESTIONS[number], audios[number], eos_token_id=processor.end_id)
+    monkeypatch.undo()
+    inputs = conversation_in_one_piece(processor, audios, answers)
+    expected = model.generate(**inputs, max_new_tokens=16, **options)[0, -16:]
+    new_ids = ask(conversation, QUESTIONS[2], audios[2], max_new_tokens=16, **options)
+    assert new_ids == expected.tolist()
+
+
+def test_an_end_id_that_the_template_replaces_is_not_penalised_later(
+    processor, conversation, monkeypatch
+):
+    end_id = processor.tokenizer.added_tokens["<|endoftext|>"]
+    force_answer(monkeypatch, [end_id, end_id])
+    ask(conversation, "One?", eos_token_id=[end_id])
+    ask(conversation, "Two?", max_new_tokens=1, eos_token_id=[])
+    assert end_id not in conversation.past_ids
+    assert processor.end_id in conversation.past_ids
+
+
+def test_no_recording_is_encoded_twice(model, conversation, monkeypatch):
+    windows = []
+    encode = model.audio_tower.forward
+
+    def counting_encode(features, mask):
+        windows.append(len(features))
+        return encode(features, mask)
+
+    monkeypatch.setattr(model.audio_tower, "forward", counting_encode)
+    ask(conversation, "One?", [sound(20000)], max_new_tokens=3)
+    ask(conversation, "Two?", max_new_tokens=3)
+    ask(conversation, "Three?", [sound(16000)], max_new_tokens=3)
+    assert windows == [1, 1]
+
+
+def test_the_model_reads_only_what_is_new_in_a_turn(processor, conversation):
+    answer = ask(conversation, "One?", [sound(20000)], max_new_tokens=5)
+    ids = conversation.question("Two?")["input_ids"][0].tolist()
+    text = processor.decode(ids[1:])
+    assert ids[0] == answer[-1]
+    assert text == "<|im_end|>\n<|im_start|>user\nTwo?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_long_later_turn_is_read_in_parts(model, conversation, monkeypatch):
+    ask(conversation, "One?", [sound(20000)], max_new_tokens=1, eos_token_id=[])
+    question = conversation.question("Two?", [sound(960000)])
+    lengths = []
+    decoder = model.language_model.model
+    forward = decoder.forward
+
+    def recording_forward(x, mask, cache):
+        lengths.append(x.shape[1])
+        return forward(x, mask, cache)
+
+    monkeypatch.setattr(decoder, "forward", recording_forward)
+    list(conversation.answer(question, max_new_tokens=1))
+    assert sum(lengths) == question["input_ids"].shape[1] > 1500
+    assert max(lengths) == 1024
+
+
+def test_a_turn_that_does_not_fit_is_refused_and_the_conversation_goes_on(conversation):
+    ask(conversation, "One?", [sound(20000)], max_new_tokens=3)
+    length = conversation.cache.length
+    with pytest.raises(ValueError, match="max_new_tokens=4090"):
+        ask(conversation, "Two?", max_new_tokens=4090)
+    assert conversation.cache.length == length
+    assert len(ask(conversation, "Two?", max_new_tokens=3, eos_token_id=[])) == 3
+
+
+def test_an_answer_that_is_stopped_stays_in_the_conversation(conversation):
+    question = conversation.question("One?", [sound(20000)])
+    answer = conversation.answer(question, max_new_tokens=50, eos_token_id=[])
+    first_id = int(next(answer))
+    conversation.stopped = True
+    assert list(answer) == []
+    assert conversation.pending_ids[0] == first_id
+
+
+def fail_in_step(monkeypatch, model, step):
+    """Makes step number `step` of the next answer run out of memory in the second of two layers."""
+    calls = []
+    layer = model.language_model.model.layers[1]
+    forward = layer.forward
+
+    def failing_forward(*arguments):
+        calls.append(1)
+        if len(calls) == step:
+            raise RuntimeError("out of memory")
+        return forward(*arguments)
+
+    monkeypatch.setattr(layer, "forward", failing_forward)
+
+
+def test_a_first_step_that_fails_leaves_the_conversation_as_it_was(
+    processor, model, conversation, monkeypatch
+):
+    options = {"max_new_tokens": 8, "eos_token_id": []}
+    other = Conversation(processor, model)
+    ask(conversation, "One?", [sound(20000)], **options)
+    ask(other, "One?", [sound(20000)], **options)
+    with monkeypatch.context() as patch:
+        fail_in_step(patch, model, step=1)
+        with pytest.raises(RuntimeError):
+            ask(conversation, "Two?", **options)
+    assert ask(conversation, "Three?", **options) == ask(other, "Three?", **options)
+
+
+def test_a_later_step_that_fails_keeps_the_answer_up_to_it(
+    processor, model, conversation, monkeypatch
+):
+    options = {"max_new_tokens": 8, "eos_token_id": []}
+    other = Conversation(processor, model)
+    ask(conversation, "One?", [sound(20000)], **options)
+    ask(other, "One?", [sound(20000)], **options)
+    with monkeypatch.context() as patch:
+        fail_in_step(patch, model, step=4)
+        with pytest.raises(RuntimeError):
+            ask(conversation, "Two?", **options)
+    ask(other, "Two?", max_new_tokens=3, eos_token_id=[])
+    assert ask(conversation, "Three?", **options) == ask(other, "Three?", **options)
+
+
+def test_after_a_reset_a_conversation_is_like_a_new_one(processor, model, conversation):
+    options = {"max_new_tokens": 9, "repetition_penalty": 1.3}
+    ask(conversation, "One?", [sound(20000)], **options)
+    conversation.reset()
+    new_conversation = Conversation(processor, model)
+    answer = ask(conversation, "Two?", [sound(16000)], **options)
+    assert answer == ask(new_conversation, "Two?", [sound(16000)], **options)
+
+
+# ---- The command line ----
+
+
+def chat(*arguments, lines):
+    return generate("--chat", *arguments, input="\n".join(lines) + "\n")
+
+
+def test_each_line_is_answered():
+    lines = ["Transcribe the input speech.", f"/audio {RAIN}", "What sound is this?", "/reset"]
+    lines += [f"/audio {DIGITS}", "Transcribe the input speech.", "/quit", "never asked"]
+    result = chat(DIGITS, lines=lines)
+    assert result.returncode == 0
+    assert result.stdout.splitlines() == ["seven three one", "rain", "seven three one"]
+    assert result.stderr.count("the first after") == 3
+
+
+def test_a_conversation_may_start_with_a_question():
+    result = chat(RAIN, "What sound is this?", lines=["/quit"])
+    assert (result.returncode, result.stdout) == (0, "rain\n")
+
+
+def test_a_conversation_goes_on_after_bad_input():
+    bad_lines = ["/audio gone.wav", "/audio", "/sing", "/audio ~nobody/a.wav"]
+    bad_lines += ["/audio " + "a" * 300, "/audio ."]
+    result = chat("--quiet", lines=[*bad_lines, "", f"/audio\t{RAIN}", "What sound is this?"])
+    errors = result.stderr.splitlines()
+    assert (result.returncode, result.stdout) == (0, "rain\n")
+    assert len(errors) == len(bad_lines)
+    assert all(error.startswith("error: ") for error in errors)
+    assert "gone.wav" in errors[0]
+    assert "/sing" in errors[2]
+
+
+def test_a_line_that_is_not_utf_8_is_answered():
+    process = start_generate("--chat", "--quiet")
+    lines = b"Hi \xff\n/audio %s\nWhat sound is this?\n" % os.fsencode(RAIN)
+    out, _ = process.communicate(lines)
+    assert process.returncode == 0
+    assert out.endswith(b"\nrain\n")
+    assert out.count(b"\n") == 2
+
+
+def test_without_input_a_conversation_ends():
+    process = start_generate("--chat", "--quiet")
+    out, err = process.communicate(b"")
+    assert (process.returncode, out, err) == (0, b"", b"")
+
+
+def test_with_a_closed_stdin_a_conversation_ends(monkeypatch, run):
+    monkeypatch.setattr(sys, "stdin", None)
+    status, out, err = run("--chat", "--quiet")
+    assert (status, out, err) == (0, "", "")
+
+
+def test_a_question_that_is_refused_keeps_its_recordings(micro, clip):
+    long_question = "x " * 200
+    options = ["--quiet", clip, "--model", micro, "--max-new-tokens"]
+    refused = chat(*options, 4000, lines=[long_question, "/quit"])
+    assert refused.stderr.startswith("error: The prompt's ")
+    assert refused.stdout == ""
+    asked_again = chat(*options, 3900, lines=[long_question, "y", "/quit"])
+    assert asked_again.stderr.startswith("error: The prompt's ")
+    assert len(asked_again.stdout) > 1000
+
+
+# ---- Ctrl-C ----
+
+
+@pytest.fixture
+def run_chat(run, monkeypatch):
+    """Runs a conversation in this process, and gives Ctrl-C its meaning back afterwards."""
+    handler = signal.getsignal(signal.SIGINT)
+
+    def call(*arguments, lines):
+        stdin = io.TextIOWrapper(io.BytesIO("\n".join(lines).encode()))
+        monkeypatch.setattr(sys, "stdin", stdin)
+        return run("--chat", *arguments)
+
+    yield call
+    signal.signal(signal.SIGINT, handler)
+
+
+def test_ctrl_c_before_the_first_token_ends_only_the_answer(run_chat, clip, monkeypatch):
+    prefill = program.AudioFlamingo3ForConditionalGeneration.prefill
+
+    def interrupted_prefill(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        return prefill(*arguments)
+
+    model_class = program.AudioFlamingo3ForConditionalGeneration
+    monkeypatch.setattr(model_class, "prefill", interrupted_prefill)
+    status, out, err = run_chat(clip, "--max-new-tokens", 900, lines=["What?", "And?", "/quit"])
+    assert status == 0
+    assert err.count("said 1 tokens: ") == 2
+    assert out.count("\n") == 2
+
+
+def test_ctrl_c_ends_an_answer_and_then_the_conversation(clip, micro):
+    options = ["--quiet", "--model", micro, "--max-new-tokens", 3000]
+    process = start_generate("--chat", clip, *options)
+    process.stdin.write(b"Hi\n")
+    process.stdin.flush()
+    process.stdout.read(8)
+    process.send_signal(signal.SIGINT)
+    process.stdin.write(b"/audio gone.wav\n")
+    process.stdin.flush()
+    assert b"gone.wav" in process.stderr.readline()
+    assert process.poll() is None
+    assert interrupt_until_it_ends(process) == 130
+    assert process.stdout.read().endswith(b"\n")
+    assert b"Traceback" not in process.stderr.read()
+
+
+def test_ctrl_c_at_the_prompt_gives_the_terminal_back_as_it_was(micro):
+    terminal = Terminal("--chat", "--model", micro)
+    terminal.read_until(b"> ")
+    assert interrupt_until_it_ends(terminal.process) == 130
+    settings = termios.tcgetattr(terminal.other)
+    assert settings[:4] == terminal.settings[:4]

@@ -1,0 +1,254 @@
+"""Adapters: merged weights give the logits of peft's own merge, in every spelling of the names."""
+
+import os
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from af3 import AudioFlamingo3ForConditionalGeneration
+from checkpoints import change_json, write_original
+from conftest import TESTS
+from extras.lora import find_think_adapter, merge_adapter
+from extras.quantize import quantize
+from signals import conversation, sound
+
+FACTORS = "adapter_model.safetensors"
+OTHERS = "non_lora_trainables.bin"
+DECODER = "base_model.model.model.language_model"
+
+
+@pytest.fixture
+def checkpoint(spoilt):
+    """A checkpoint with an adapter in think/, as peft saved it."""
+    shutil.copytree(TESTS / "think", spoilt / "think")
+    return spoilt
+
+
+@pytest.fixture
+def batch(processor):
+    chat = conversation(sound(80000))
+    return processor.apply_chat_template(chat, add_generation_prompt=True)
+
+
+def load(folder):
+    return AudioFlamingo3ForConditionalGeneration.from_pretrained(folder, "cpu")
+
+
+def load_merged(folder):
+    return merge_adapter(load(folder), find_think_adapter(folder))
+
+
+def change_tensors(path, changes):
+    if path.suffix == ".safetensors":
+        save_file(load_file(path) | changes, path)
+    else:
+        torch.save(torch.load(path) | changes, path)
+
+
+# ---- Numbers ----
+
+
+@pytest.mark.parametrize("rslora, golden", [(False, "think.logits"), (True, "think_rslora.logits")])
+def test_a_merged_adapter_gives_the_logits_of_pefts_own_merge(
+    checkpoint, batch, goldens, rslora, golden
+):
+    change_json(checkpoint / "think" / "adapter_config.json", use_rslora=rslora)
+    logits = load_merged(checkpoint)(**batch).logits[0, ::29]
+    plain_logits = load(checkpoint)(**batch).logits[0, ::29]
+    torch.testing.assert_close(logits, goldens[golden], atol=1e-3, rtol=0)
+    assert (logits - plain_logits).abs().max() > 0.5
+
+
+def test_a_tensor_trained_beside_the_adapter_replaces_the_models_own(checkpoint):
+    bias = load_merged(checkpoint).multi_modal_projector.linear_1.bias
+    assert torch.equal(bias, torch.linspace(-1, 1, len(bias)))
+
+
+def test_the_merge_is_computed_in_float32_and_rounded_once(checkpoint):
+    name = "language_model.model.layers.0.self_attn.q_proj.weight"
+    exact = load_merged(checkpoint).state_dict()[name]
+    model = load(checkpoint).bfloat16()
+    original = model.state_dict()[name].float()
+    factors = load_file(checkpoint / "think" / FACTORS)
+    a = factors[f"{DECODER}.layers.0.self_attn.q_proj.lora_A.weight"]
+    b = factors[f"{DECODER}.layers.0.self_attn.q_proj.lora_B.weight"]
+    merge_adapter(model, find_think_adapter(checkpoint))
+    scale = 3  # lora_alpha / rank = 6 / 2
+    assert torch.equal(model.state_dict()[name], (original + scale * b @ a).bfloat16())
+    assert not torch.equal(exact.bfloat16(), original.bfloat16())
+
+
+def test_a_merged_model_has_one_dtype_and_needs_no_gradients(checkpoint):
+    model = merge_adapter(load(checkpoint).bfloat16(), find_think_adapter(checkpoint))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_merged_model_can_be_quantised(checkpoint, batch):
+    model = load_merged(checkpoint)
+    expected = model(**batch).logits
+    logits = quantize(model)(**batch).logits
+    assert 0 < (logits - expected).norm() < 0.05 * expected.norm()
+
+
+# ---- Names and places ----
+
+
+def hub_name(name):
+    name = name.replace("base_model.model.model.", "base_model.model.")
+    return name.replace("model.language_model.", "model.language_model.model.")
+
+
+def original_name(name):
+    name = hub_name(name)
+    name = name.replace("language_model.", "llm.")
+    name = name.replace("multi_modal_projector", "sound_mm_projector")
+    return name.replace("linear_1", "layers.0").replace("linear_2", "layers.2")
+
+
+def rename(adapter, spell):
+    """Spells the names of an adapter's tensors in another way."""
+    factors = load_file(adapter / FACTORS)
+    factors = {spell(name): tensor for name, tensor in factors.items()}
+    save_file(factors, adapter / FACTORS)
+    others = torch.load(adapter / OTHERS)
+    others = {spell(f"base_model.model.model.{name}"): others[name] for name in others}
+    torch.save(others, adapter / OTHERS)
+
+
+SPELLINGS = {
+    "transformers_5": lambda name: name,
+    "hub": hub_name,
+    "hub_without_prefix": lambda name: hub_name(name).removeprefix("base_model.model."),
+    "original": original_name,
+    "original_without_prefix": lambda name: original_name(name).removeprefix("base_model.model."),
+}
+
+
+def assert_same_tensors(model, other):
+    tensors = other.state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, tensors[name]), name
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_names_are_read_in_every_spelling(checkpoint, spelling):
+    expected = load_merged(checkpoint)
+    rename(checkpoint / "think", SPELLINGS[spelling])
+    assert_same_tensors(load_merged(checkpoint), expected)
+
+
+def test_the_original_layout_has_its_adapter_in_stage35(checkpoint, micro, tmp_path):
+    write_original(micro, tmp_path / "af3")
+    shutil.copytree(checkpoint / "think", tmp_path / "af3" / "stage35")
+    rename(tmp_path / "af3" / "stage35", original_name)
+    assert_same_tensors(load_merged(tmp_path / "af3"), load_merged(checkpoint))
+
+
+# ---- Faults ----
+
+
+@pytest.mark.parametrize(
+    "file, name",
+    [
+        (FACTORS, "base_model.model.bogus.lora_A.weight"),
+        (FACTORS, f"{DECODER}.layers.0.self_attn.q_proj.lora_magnitude_vector"),
+        (FACTORS, f"{DECODER}.layers.9.self_attn.q_proj.lora_B.weight"),
+        (FACTORS, "base_model.model.model.audio_tower.conv1.lora_A.weight"),
+        (OTHERS, "model.audio_tower.layers.7.fc1.bias"),
+    ],
+)
+def test_a_tensor_without_a_place_in_the_model_is_named(checkpoint, file, name):
+    change_tensors(checkpoint / "think" / file, {name: torch.zeros(2, 48)})
+    with pytest.raises(ValueError, match=name):
+        load_merged(checkpoint)
+
+
+def test_a_tensor_of_another_shape_is_refused_by_name(checkpoint):
+    others = {"multi_modal_projector.linear_1.bias": torch.zeros(7)}
+    torch.save(others, checkpoint / "think" / OTHERS)
+    with pytest.raises(ValueError, match=r"multi_modal_projector.linear_1.bias.*\[7\].*\[48\]"):
+        load_merged(checkpoint)
+
+
+Q_PROJ = f"{DECODER}.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    "file, changes",
+    [
+        (FACTORS, {Q_PROJ: torch.zeros(0, 48)}),
+        (FACTORS, {Q_PROJ: torch.zeros(())}),
+        (FACTORS, {Q_PROJ: torch.zeros(3, 48)}),
+        (FACTORS, {Q_PROJ: torch.zeros(2, 48, dtype=torch.complex64)}),
+        (FACTORS, {Q_PROJ: torch.zeros(2, 48, dtype=torch.int64)}),
+        (OTHERS, {5: torch.zeros(1)}),
+        (OTHERS, {"multi_modal_projector.linear_2.weight": "words"}),
+        (OTHERS, {"multi_modal_projector.linear_1.bias": 7}),
+    ],
+)
+def test_a_damaged_adapter_is_refused_by_file(checkpoint, file, changes):
+    change_tensors(checkpoint / "think" / file, changes)
+    with pytest.raises(ValueError, match="think"):
+        load_merged(checkpoint)
+
+
+@pytest.mark.parametrize("file", [FACTORS, OTHERS, "adapter_config.json"])
+def test_a_missing_and_a_truncated_file_are_named(checkpoint, file):
+    path = checkpoint / "think" / file
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(ValueError, match=file):
+        load_merged(checkpoint)
+    path.unlink()
+    with pytest.raises(ValueError, match=file):
+        load_merged(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "fields, named",
+    [
+        ({"lora_alpha": None}, "adapter_config.json"),
+        ({"lora_alpha": float("nan")}, "lora_alpha"),
+        ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern"),
+    ],
+)
+def test_a_config_that_cannot_be_followed_is_refused(checkpoint, fields, named):
+    change_json(checkpoint / "think" / "adapter_config.json", **fields)
+    with pytest.raises(ValueError, match=named):
+        load_merged(checkpoint)
+
+
+class Trap:
+    """Makes a directory when it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("trapped",)
+
+
+def test_a_pickle_that_would_run_code_is_refused(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    others = {"multi_modal_projector.linear_1.bias": Trap()}
+    torch.save(others, checkpoint / "think" / OTHERS)
+    with pytest.raises(ValueError, match=OTHERS):
+        load_merged(checkpoint)
+    assert not (tmp_path / "trapped").exists()
+
+
+# ---- The command line ----
+
+
+def test_think_merges_the_adapter_of_the_model(checkpoint, run, clip):
+    options = ["--max-new-tokens", 16, "--quiet"]
+    _, plain, _ = run(clip, "Hi", *options, model=checkpoint)
+    status, answer, _ = run(clip, "Hi", *options, "--think", model=checkpoint)
+    assert status == 0
+    assert answer != plain
+
+
+def test_think_without_an_adapter_is_refused(run, clip):
+    status, out, err = run(clip, "Hi", "--think")
+    assert (status, out) == (2, "")
+    assert "think: no such directory; the AF-Think adapter is expected" in err
+    assert err.count("\n") == 1

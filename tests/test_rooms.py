@@ -1,0 +1,102 @@
+"""The rooms of the house: which file may import which, so that a reader may skip the rest."""
+
+import ast
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+# What each file, or each file of a folder, may import of the project.
+ROOMS = {
+    "af3.py": {"load_weights"},
+    "processor.py": {"af3", "load_weights", "plumbing"},
+    "load_weights.py": set(),
+    "generate.py": {"af3", "processor", "load_weights", "plumbing", "extras"},
+    "plumbing": set(),
+    "extras": {"af3", "processor", "load_weights", "plumbing"},
+}
+PACKAGES = {"torch", "numpy", "safetensors", "tiktoken"}
+
+
+def files_of(room):
+    path = ROOT / room
+    return sorted(path.glob("*.py")) if path.is_dir() else [path]
+
+
+def imported_modules(tree):
+    """The first part of the name of everything that a piece of code imports."""
+    modules = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name.split(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            modules.add(node.module.split(".")[0])
+    return modules
+
+
+def parse(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_what_it_may(room):
+    ours = {name.removesuffix(".py") for name in ROOMS}
+    for path in files_of(room):
+        assert imported_modules(parse(path)) & ours <= ROOMS[room], path
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_other_packages_than_the_four_are_imported(room):
+    ours = {name.removesuffix(".py") for name in ROOMS}
+    for path in files_of(room):
+        others = imported_modules(parse(path)) - ours - PACKAGES
+        assert others <= sys.stdlib_module_names, path
+
+
+def test_af3_needs_no_checkpoint_to_be_imported():
+    """It imports load_weights inside from_pretrained only."""
+    top_level = [node for node in parse(ROOT / "af3.py").body if not isinstance(node, ast.ClassDef)]
+    modules = imported_modules(ast.Module(body=top_level, type_ignores=[]))
+    assert "load_weights" not in modules
+
+
+def test_the_processor_takes_only_the_frame_counts_from_the_network():
+    for node in ast.walk(parse(ROOT / "processor.py")):
+        if isinstance(node, ast.ImportFrom) and node.module == "af3":
+            assert [alias.name for alias in node.names] == ["frame_counts"]
+
+
+def test_generate_imports_extras_only_where_a_flag_asks_for_them():
+    modules = set()
+    for node in parse(ROOT / "generate.py").body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            modules |= imported_modules(node)
+    assert "af3" in modules
+    assert "extras" not in modules
+
+
+def project_imports(path):
+    """The modules of the project that a file imports, by their full names."""
+    modules = set()
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.ImportFrom):
+            modules |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+    return modules
+
+
+def test_no_file_imports_a_file_that_imports_it():
+    imports = {}
+    for room in ROOMS:
+        for path in files_of(room):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            imports[name] = project_imports(path)
+    remaining = {name: modules & set(imports) for name, modules in imports.items()}
+    while remaining:
+        leaves = {name for name, modules in remaining.items() if not modules & set(remaining)}
+        assert leaves, f"a circle among {sorted(remaining)}"
+        for name in leaves:
+            del remaining[name]
