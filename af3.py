@@ -40,24 +40,24 @@ from torch import Tensor, nn
 
 @dataclass
 class AudioFlamingo3EncoderConfig:
-    num_mel_bins: int = 128
-    hidden_size: int = 1280
-    num_hidden_layers: int = 32
+    num_mel_bins: int = 128  # rows of the log-mel spectrogram
+    hidden_size: int = 1280  # channels of a frame
+    num_hidden_layers: int = 32  # transformer layers
     num_attention_heads: int = 20  # of 64 channels each
-    intermediate_size: int = 5120  # width inside the feed-forward layers
+    intermediate_size: int = 5120  # channels inside the feed-forward layers
     max_source_positions: int = 1500  # conv frames of a 30 s window, one every 20 ms
 
 
 @dataclass
 class Qwen2Config:
     vocab_size: int = 151672  # Qwen2's tokens and Audio Flamingo 3's own, such as <sound>
-    hidden_size: int = 3584
-    intermediate_size: int = 18944  # width inside the feed-forward layers
-    num_hidden_layers: int = 28
+    hidden_size: int = 3584  # channels of a token
+    intermediate_size: int = 18944  # channels inside the feed-forward layers
+    num_hidden_layers: int = 28  # transformer layers
     num_attention_heads: int = 28  # query heads of 128 channels each
     num_key_value_heads: int = 4  # each is shared by 7 query heads
     max_position_embeddings: int = 32768  # longest prompt and answer together, in tokens
-    rms_norm_eps: float = 1e-6
+    rms_norm_eps: float = 1e-6  # added to the mean square, which may be zero
     rope_theta: float = 1_000_000.0  # base of the rotary position embedding
 
     @property
@@ -479,15 +479,15 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
         import load_weights
 
         folder = load_weights.find_checkpoint(path)
-        words = load_weights.tokenizer_folder(folder)
-        token_ids = load_weights.read_token_ids(words)
+        tokenizer_folder = load_weights.tokenizer_folder(folder)
+        token_ids = load_weights.read_token_ids(tokenizer_folder)
         config = load_weights.read_config(folder, token_ids)
-        options = load_weights.read_generation_config(words, token_ids)
+        options = load_weights.read_generation_config(tokenizer_folder, token_ids)
         with torch.device("meta"):  # shapes without memory
             model = cls(AudioFlamingo3Config.from_dict(config))
-        with load_weights.naming(words / "generation_config.json"):
+        with load_weights.errors_naming(tokenizer_folder / "generation_config.json"):
             model.generation_config = from_known_keys(GenerationConfig, options)
-        with load_weights.naming(folder):
+        with load_weights.errors_naming(folder):
             tensors = dict(load_weights.read_tensors(folder))
             model.load_state_dict(tensors, strict=True, assign=True)
             model.to(choose_device(device_map), choose_dtype(dtype, model.dtype))
@@ -611,10 +611,15 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
         options = {name: value for name, value in options.items() if value is not None}
         options = replace(self.generation_config, **options)
         attention_mask = check_attention_mask(attention_mask, input_ids)
-        cache = self.check_capacity(input_ids, options.max_new_tokens, cache)
+        rows, tokens = input_ids.shape
+        if cache is None:
+            limit = self.config.text_config.max_position_embeddings
+            check_length(tokens, options.max_new_tokens, limit)
+            cache = self.new_cache(rows, tokens + options.max_new_tokens)
+        else:
+            check_length(cache.length + tokens, options.max_new_tokens, cache.capacity)
 
         x = self.prefill(input_ids, attention_mask, input_features, feature_attention_mask, cache)
-        rows, tokens = input_ids.shape
         position = torch.arange(tokens, device=x.device)
         last = (position * attention_mask).argmax(-1)  # (B,), each row's last real token
         x = x[torch.arange(rows, device=x.device), last]  # (B, H)
@@ -641,25 +646,10 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
         new_ids = list(self.stream(input_ids, *features, **options))
         return torch.cat([input_ids, torch.stack(new_ids, dim=1)], dim=1)
 
-    def check_capacity(
-        self, input_ids: Tensor, max_new_tokens: int, cache: KeyValueCache | None
-    ) -> KeyValueCache:
-        """The cache, or a new one; refuses a prompt and an answer that are too long for it."""
+    def new_cache(self, rows: int, capacity: int) -> KeyValueCache:
+        """An empty cache for `capacity` tokens in each row."""
         config = self.config.text_config
-        rows, tokens = input_ids.shape
-        limit = config.max_position_embeddings
-        if cache is not None:
-            tokens += cache.length
-            limit = cache.capacity
-        if tokens + max_new_tokens > limit:
-            raise ValueError(
-                f"The prompt's {tokens} tokens and max_new_tokens={max_new_tokens} are more than "
-                f"the model's {limit} positions; shorten the audio or lower max_new_tokens."
-            )
-        if cache is None:
-            capacity = tokens + max_new_tokens
-            cache = KeyValueCache(config, rows, capacity, self.dtype, self.device)
-        return cache
+        return KeyValueCache(config, rows, capacity, self.dtype, self.device)
 
 
 # ---- Checks: a ValueError in one line that names the culprit and the remedy ----
@@ -704,6 +694,14 @@ def check_attention_mask(attention_mask: Tensor | None, input_ids: Tensor) -> Te
             "attention_mask: of input_ids' shape, with a one in every row, is expected."
         )
     return attention_mask
+
+
+def check_length(tokens: int, max_new_tokens: int, limit: int) -> None:
+    if tokens + max_new_tokens > limit:
+        raise ValueError(
+            f"The prompt's {tokens} tokens and max_new_tokens={max_new_tokens} are more than "
+            f"the model's {limit} positions; shorten the audio or lower max_new_tokens."
+        )
 
 
 def check_finite(logits: Tensor, model: nn.Module) -> None:

@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
         from extras.chat import TerminalChat
 
         processor = AudioFlamingo3Processor.from_pretrained(args.model)
-        waveforms = [processor.waveform(recording) for recording in recordings]
+        waveforms = [processor.to_waveform(recording) for recording in recordings]
         chat = TerminalChat(processor, load_model(args), waveforms, options, args.quiet)
         chat.run(prompt)
     elif args.explain:

@@ -123,7 +123,7 @@ def read_config(folder: Path, token_ids: dict[str, int]) -> dict:
 
 def with_one_spelling(section: dict, path: Path) -> dict:
     """A section of a config.json: newer key names, no nested rope parameters, no empty values."""
-    with naming(path):
+    with errors_naming(path):
         section = {**section, **(section.get("rope_parameters") or {})}
     renamed = {}
     for key, value in section.items():
@@ -148,7 +148,7 @@ def read_token_ids(folder: Path) -> dict[str, int]:
     """The id of every token in tokenizer.json."""
     path = folder / "tokenizer.json"
     tokenizer = read_json(path)
-    with naming(path):
+    with errors_naming(path):
         token_ids = dict(tokenizer["model"]["vocab"])
         for token in tokenizer["added_tokens"]:
             token_ids[token["content"]] = token["id"]
@@ -172,7 +172,7 @@ def read_named_ids(folder: Path, token_ids: dict[str, int]) -> dict[str, int]:
 def read_json(path: Path) -> dict:
     """The object in a JSON file. Raises OSError or ValueError, naming the file."""
     check_is_file(path)
-    with naming(path):
+    with errors_naming(path):
         content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError(f"{path}: a JSON object is expected.")
@@ -210,7 +210,7 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for part in parts:
         for path in find_shards(folder / part):
             check_is_file(path)
-            with naming(path):
+            with errors_naming(path):
                 shard = safe_open(path, "pt")
                 for name in shard.keys():
                     tensor = shard.get_tensor(name)
@@ -273,7 +273,7 @@ LARGEST_SIZES = {
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def errors_naming(path: Path) -> Iterator[None]:
     """Turns any error inside into a ValueError of one line that names `path`."""
     try:
         yield

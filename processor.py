@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from af3 import frame_counts
-from load_weights import find_checkpoint, naming, read_json, read_named_ids, tokenizer_folder
+from load_weights import errors_naming, find_checkpoint, read_json, read_named_ids, tokenizer_folder
 from plumbing.audio_file import load_audio, to_float32
 
 # ---- Log-mel ----
@@ -121,7 +121,7 @@ class Tokenizer:
     def __init__(self, folder: Path):
         path = folder / "tokenizer.json"
         content = read_json(path)
-        with naming(path):
+        with errors_naming(path):
             vocabulary = content["model"]["vocab"]
             check_merges(content["model"]["merges"], vocabulary)
             pattern = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
@@ -253,7 +253,7 @@ class AudioFlamingo3Processor:
         elif (folder / "preprocessor_config.json").exists():  # an older file, which is flat
             path = folder / "preprocessor_config.json"
             check_feature_extractor(read_json(path), path)
-        with naming(config_path):
+        with errors_naming(config_path):
             max_audio_len = int(config.get("max_audio_len", 600))
         return cls(Tokenizer(tokenizer_folder(folder)), max_audio_len)
 
@@ -291,9 +291,10 @@ class AudioFlamingo3Processor:
             if recording is None:
                 prompts.append(self._prompt_pieces(prompt, num_windows=None))
                 continue
-            windows = self.waveform(recording, f"Sample {number}").split(N_SAMPLES)
+            windows = self.to_waveform(recording, f"Sample {number}").split(N_SAMPLES)
             pieces = self._prompt_pieces(prompt, len(windows))
             check_placeholders(pieces.count(self.audio_token_id), len(windows), number)
+            # Here each <sound> stands for one window; in a conversation, for a whole recording.
             prompts.append(self._place_audio(pieces, [[window] for window in windows]))
         return self._batch(prompts, padding_side, output_labels)
 
@@ -325,7 +326,7 @@ class AudioFlamingo3Processor:
         for number, messages in enumerate(conversations):
             pieces, recordings = self._chat_pieces(messages, add_generation_prompt)
             if tokenize:
-                waveforms = [self.waveform(audio, f"Sample {number}") for audio in recordings]
+                waveforms = [self.to_waveform(audio, f"Sample {number}") for audio in recordings]
                 windows = [waveform.split(N_SAMPLES) for waveform in waveforms]
                 prompts.append(self._place_audio(pieces, windows))
             else:
@@ -345,7 +346,7 @@ class AudioFlamingo3Processor:
         prompts = [prompt] * len(audios) if isinstance(prompt, str) else prompt
         return self(prompts, audios, **options)
 
-    def waveform(self, audio, name: str = "audio") -> Tensor:
+    def to_waveform(self, audio, name: str = "audio") -> Tensor:
         """The float32 waveform (n,) of a file or 1-D samples at 16 kHz, cut at the longest length
         that the model takes. Integers are scaled by their range. `name` is for errors."""
         if isinstance(audio, (str, Path)):
@@ -606,7 +607,7 @@ def check_feature_extractor(config: dict, path: Path) -> None:
         "n_fft": N_FFT,
         "hop_length": HOP_LENGTH,
     }
-    with naming(path):
+    with errors_naming(path):
         for key, value in expected.items():
             if config.get(key, value) != value:
                 raise ValueError(f"{key} is {config[key]}; this model's is {value}.")

@@ -121,7 +121,7 @@ def load_recordings(
     for job in jobs:
         try:
             with warnings.catch_warnings(record=True) as caught:
-                waveform = processor.waveform(job["audio"])
+                waveform = processor.to_waveform(job["audio"])
             loaded.append((waveform, job))
             for warning in caught:
                 warn_about(job["audio"], str(warning.message))

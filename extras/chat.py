@@ -14,7 +14,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from af3 import AudioFlamingo3ForConditionalGeneration, KeyValueCache
+from af3 import AudioFlamingo3ForConditionalGeneration
 from plumbing import terminal
 from processor import AudioFlamingo3Processor, Batch
 
@@ -25,11 +25,10 @@ class Conversation:
     def __init__(
         self, processor: AudioFlamingo3Processor, model: AudioFlamingo3ForConditionalGeneration
     ):
-        config = model.config.text_config
-        capacity = config.max_position_embeddings
+        capacity = model.config.text_config.max_position_embeddings
         self.processor = processor
         self.model = model
-        self.cache = KeyValueCache(config, 1, capacity, model.dtype, model.device)
+        self.cache = model.new_cache(rows=1, capacity=capacity)
         self.stopped = False  # set it to end the answer that is being generated
         self.reset()
 
@@ -155,7 +154,7 @@ class TerminalChat:
         command, _, name = line.replace("\t", " ").partition(" ")
         try:
             if command == "/audio" and name:
-                self.audios.append(self.processor.waveform(os.path.expanduser(name.strip())))
+                self.audios.append(self.processor.to_waveform(os.path.expanduser(name.strip())))
             elif command == "/reset":
                 self.conversation.reset()
                 self.audios = []

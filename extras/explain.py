@@ -30,7 +30,7 @@ def explain(
 ) -> None:
     """Prints the stages up to the first new token, the log-mel, and the answer."""
     journey = Journey()
-    waveform = processor.waveform(audio)
+    waveform = processor.to_waveform(audio)
     seconds = len(waveform) / SAMPLE_RATE
     journey.add("waveform", waveform.shape, f"{SAMPLE_RATE} samples a second: {seconds:.2f} s")
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from load_weights import check_is_file, find_checkpoint, model_name, naming, read_json
+from load_weights import check_is_file, errors_naming, find_checkpoint, model_name, read_json
 
 
 def find_think_adapter(path: str | Path) -> Path:
@@ -37,7 +37,7 @@ def merge_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     check_adapter_config(config, config_path)
     tensors = read_adapter(folder)
     weights = model.state_dict()
-    with naming(folder):
+    with errors_naming(folder):
         names = {model_name(name): name for name in tensors}  # the model's name -> the adapter's
         tensors = {model_name(name): tensor for name, tensor in tensors.items()}
         for name, weight in weights.items():
@@ -69,20 +69,20 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
     """The tensors of an adapter's two files, under their own names."""
     path = folder / "non_lora_trainables.bin"
     check_is_file(path)
-    with naming(path):
+    with errors_naming(path):
         # A pickle, which can run code when it is read. weights_only refuses all but tensors.
         tensors = dict(torch.load(path, map_location="cpu", weights_only=True))
         check_floating_point(tensors)
     path = folder / "adapter_model.safetensors"
     check_is_file(path)
-    with naming(path):
+    with errors_naming(path):
         factors = load_file(path)
         check_floating_point(factors)
     return tensors | factors
 
 
 def check_adapter_config(config: dict, path: Path) -> None:
-    with naming(path):
+    with errors_naming(path):
         alpha = float(config["lora_alpha"])
     if not 0 < alpha < 1e9 or config.get("alpha_pattern"):
         raise ValueError(f"{path}: lora_alpha above 0, and no alpha_pattern, is expected.")

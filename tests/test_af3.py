@@ -13,7 +13,6 @@ from af3 import (
     AudioFlamingo3EncoderConfig,
     AudioFlamingo3ForConditionalGeneration,
     GenerationConfig,
-    KeyValueCache,
     Qwen2Config,
     frame_counts,
     next_token,
@@ -242,7 +241,7 @@ def test_sound_ids_without_features_are_refused(model, processor):
 
 
 def test_a_sound_id_that_the_model_generates_is_an_id_like_any_other(model):
-    cache = KeyValueCache(model.config.text_config, 1, 8, model.dtype, model.device)
+    cache = model.new_cache(rows=1, capacity=8)
     model.prefill(torch.tensor([[1, 2, 3]]), torch.ones(1, 3, dtype=torch.bool), cache=cache)
     logits = model.decode_one_token(torch.tensor([model.config.audio_token_id]), cache)
     assert logits.shape == (1, model.config.text_config.vocab_size)
@@ -348,7 +347,7 @@ def test_the_loss_trains_every_parameter(micro, processor):
 def test_a_prompt_in_two_parts_gives_the_logits_of_the_prompt_in_one(model, processor):
     batch = run_inputs(processor, "five_seconds.left")
     expected = model(**batch).logits[:, -1]
-    cache = KeyValueCache(model.config.text_config, 1, 200, model.dtype, model.device)
+    cache = model.new_cache(rows=1, capacity=200)
     first_part = batch["input_ids"][:, :-9]
     second_part = batch["input_ids"][:, -9:]
     first_mask = torch.ones_like(first_part, dtype=torch.bool)
@@ -440,7 +439,7 @@ def test_more_tokens_than_positions_are_refused_before_any_work(model, processor
 
 
 def test_a_cache_too_small_for_the_turn_is_refused(model, processor):
-    cache = KeyValueCache(model.config.text_config, 1, 60, model.dtype, model.device)
+    cache = model.new_cache(rows=1, capacity=60)
     batch = processor("One?", sound(20000))
     with pytest.raises(ValueError, match="max_new_tokens=30"):
         list(model.stream(**batch, cache=cache, max_new_tokens=30))

@@ -114,14 +114,14 @@ def test_a_batch_that_does_not_fit_in_memory_is_answered_one_by_one(run_lines, f
 
 
 def test_a_recording_too_large_for_memory_is_an_error_of_its_own(run_lines, folder, monkeypatch):
-    load = AudioFlamingo3Processor.waveform
+    load = AudioFlamingo3Processor.to_waveform
 
     def run_out_of_memory(processor, audio, name="audio"):
         if str(audio).endswith("3.wav"):
             raise MemoryError("Unable to allocate 11.2 GiB")
         return load(processor, audio, name)
 
-    monkeypatch.setattr(AudioFlamingo3Processor, "waveform", run_out_of_memory)
+    monkeypatch.setattr(AudioFlamingo3Processor, "to_waveform", run_out_of_memory)
     jobs = run_lines(folder, "Hi", *ONE_TOKEN)
     errors = {Path(job["audio"]).name: job["error"] for job in jobs if "error" in job}
     assert errors["3.wav"] == "Unable to allocate 11.2 GiB"
