@@ -241,7 +241,10 @@ class KeyValueCache:
         self.length = 0  # tokens read so far
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores keys and values (B, heads, T, D) of new tokens; returns those of all tokens."""
+        """Stores keys and values (B, heads, T, D) of new tokens; returns those of all tokens.
+
+        `length` stays as it is until every layer has done this.
+        """
         end = self.length + k.shape[2]
         self.keys[layer][:, :, self.length : end] = k
         self.values[layer][:, :, self.length : end] = v
@@ -366,17 +369,18 @@ class Qwen2Model(nn.Module):
         attention_mask: (B, T) bool, False on padding, which must stand on the right of x.
         """
         tokens = x.shape[1]
+        past = 0
         if cache is not None:
+            past = cache.length
             attention_mask = cache.update_mask(attention_mask)  # (B, past + T)
 
         # A row's positions count its own real tokens.
         positions = attention_mask.cumsum(-1)[:, -tokens:] - 1  # (B, T)
         cos, sin = rotary_tables(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
 
-        # With padding on the right, causal attention of real tokens never meets it.
-        without_past = attention_mask.shape[1] == tokens
-        one_token_that_sees_all = tokens == 1 and bool(attention_mask.all())
-        if without_past or one_token_that_sees_all:
+        # Without a past, plain causal attention is enough: padding stands on the right, where no
+        # real token looks. A single token that may look at everything needs no mask either.
+        if past == 0 or (tokens == 1 and bool(attention_mask.all())):
             mask = None
         else:
             mask = causal_mask(attention_mask, tokens)

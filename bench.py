@@ -211,10 +211,9 @@ def measure(args: argparse.Namespace, int8: bool) -> tuple[list[str], torch.Tens
     """A row of the table for each length of audio, and the logits at the end of a prompt."""
     model = load_model(args, int8)
     ours = Ours(model, args.checkpoint)
-    waveforms = [sound(round(seconds * SAMPLE_RATE)) for seconds in args.seconds]
     peaks = []
-    for waveform in waveforms:  # this also warms up
-        time_side(ours, waveform, args.tokens)
+    for seconds in args.seconds:  # this also warms up
+        time_side(ours, make_waveform(seconds), args.tokens)
         peaks.append(peak_memory(model.device))
     sides = [ours]
     if not args.alone and not int8:
@@ -225,7 +224,8 @@ def measure(args: argparse.Namespace, int8: bool) -> tuple[list[str], torch.Tens
 
     rows = []
     baseline = Baseline(model)
-    for seconds, waveform, peak in zip(args.seconds, waveforms, peaks):
+    for seconds, peak in zip(args.seconds, peaks):
+        waveform = make_waveform(seconds)
         times = [[] for _ in sides]
         baseline_times = []
         for _ in range(args.rounds):
@@ -238,7 +238,11 @@ def measure(args: argparse.Namespace, int8: bool) -> tuple[list[str], torch.Tens
         cells.append(bandwidth_cell(baseline.num_bytes, each, statistics.median(baseline_times)))
         cells.append(f"{peak:.2f} GB")
         rows.append("| " + " | ".join(cells) + " |")
-    return rows, last_logits(ours, waveforms[0])
+    return rows, last_logits(ours, make_waveform(args.seconds[0]))
+
+
+def make_waveform(seconds: float) -> np.ndarray:
+    return sound(round(seconds * SAMPLE_RATE))
 
 
 def last_logits(ours: Ours, waveform: np.ndarray) -> torch.Tensor:

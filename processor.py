@@ -78,7 +78,7 @@ def pad_window(window: Tensor) -> Tensor:
 @lru_cache
 def mel_filters() -> Tensor:
     """(128, 201): triangles from 0 to 8 kHz, evenly spaced in mel, each of area 1 over Hz."""
-    highest = 15 + math.log(SAMPLE_RATE / 2 / 1000) * 27 / math.log(6.4)
+    highest = 15 + math.log(SAMPLE_RATE / 2 / 1000) * 27 / math.log(6.4)  # 8 kHz in mel
     edges = mel_to_hz(torch.linspace(0, highest, N_MELS + 2, dtype=torch.float64))
     bins = torch.linspace(0, SAMPLE_RATE / 2, N_FFT // 2 + 1, dtype=torch.float64)  # in Hz
     left = edges[:-2, None]
@@ -222,8 +222,14 @@ class AudioFlamingo3Processor:
     """Prompts and recordings to tensors, token ids to text.
 
     Inside, a prompt is a list of pieces: plain text (str), the id of an added token (int), or a
-    window of audio (Tensor). Text is never searched for added tokens, so what a user spells out
-    stays text: nobody can forge the end of a turn.
+    window of audio (Tensor). Of a 5 s clip and "Hi", with 151669 for <sound>:
+
+        _prompt_pieces    [..., "user\n", 151669, "Hi", 151645, "\n", ...]
+        _place_audio      [..., "user\n", Tensor(80000), "Hi", 151645, "\n", ...]
+        _batch            [..., "user\n", 151669, 151669, ... 125 times, "Hi", 151645, "\n", ...]
+
+    Text is never searched for added tokens, so what a user spells out stays text: nobody can
+    forge the end of a turn.
     """
 
     audio_token = "<sound>"
@@ -393,8 +399,7 @@ class AudioFlamingo3Processor:
             yield decoder.decode(self.tokenizer.decode_bytes(ids[:1], skip_special_tokens=True))
         yield decoder.decode(b"", final=True)
 
-    # The chat template in pieces. A recording is one <sound> id at first; then `_place_audio` puts
-    # its windows there, and `_batch` repeats the id for each of their audio frames.
+    # ---- The chat template in pieces ----
 
     def _turn(self, role: str, content: list[str | int]) -> list[str | int]:
         return [self.start_id, f"{role}\n", *content, self.end_id, "\n"]

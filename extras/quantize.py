@@ -26,7 +26,7 @@ class Int8Linear(nn.Module):
             weight = linear.weight[rows].float()
             scale = self.scale[rows]  # a view
             scale.copy_(weight.abs().amax(1) / 127).clamp_(min=smallest)
-            self.weight[rows] = (weight / scale[:, None]).round()
+            self.weight[rows] = weight.div_(scale[:, None]).round_()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.is_for_few_tokens(x):
