@@ -24,7 +24,8 @@ Audio Flamingo 3 is put together from parts that you may know. What differs from
 
 Letters in shapes: B rows of a batch, T tokens, W windows, C conv frames, A audio frames,
 H hidden size, D size of an attention head, V vocabulary.
-The modules have the names of the checkpoint's tensors, so loading needs no further mapping.
+Modules are named as the tensors of nvidia/audio-flamingo-3-hf are, so `load_state_dict` finds them;
+load_weights.py renames those of the other published layout.
 """
 
 from collections.abc import Iterator
@@ -120,7 +121,8 @@ class AudioFlamingo3Attention(nn.Module):
         self.out_proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        # The queries are scaled before the product, as in Whisper: in bfloat16 the order shows.
+        # Scaled before the product, not after it: in bfloat16 the order shows. (OpenAI's Whisper
+        # scales q and k by D**-0.25 each; this is the form that the model was trained in.)
         q = self.q_proj(x) * self.head_dim**-0.5
         q = split_heads(q, self.head_dim)  # (W, heads, C, D)
         k = split_heads(self.k_proj(x), self.head_dim)
@@ -166,8 +168,10 @@ class AudioFlamingo3Encoder(nn.Module):
         conv_frames, _ = frame_counts(feature_attention_mask.sum(-1))  # (W,)
         longest = int(conv_frames.max())
 
-        # Whisper encodes all 3000 mel frames. The last real conv frame reads up to mel frame
-        # 2 * longest; leaving out the rest gives the same, and encodes 5 s 7 to 10 times as fast.
+        # Whisper encodes all 3000 mel frames. Here only those that real conv frames can see: conv
+        # frame c sees mel frames 2c - 2 to 2c + 2, so the last one, longest - 1, needs 0 to
+        # 2 * longest. The mask below hides all later conv frames anyway, so the result is the
+        # same, and a clip of 5 s is encoded 7 to 10 times as fast.
         x = input_features[:, :, : 2 * longest + 1].to(self.conv1.weight.dtype)
         x = F.gelu(self.conv1(x))
         x = F.gelu(self.conv2(x))[:, :, :longest]
@@ -227,8 +231,10 @@ class AudioFlamingo3MultiModalProjector(nn.Module):
 class KeyValueCache:
     """The keys and values of all tokens read so far, in every layer, for `capacity` tokens.
 
-    It belongs to one call of `generate` or to one conversation. Every row has room for each token
-    of the longest row; `attention_mask` is False where it holds padding.
+    It belongs to one call of `generate` or to one conversation. A prompt that is shorter than the
+    longest one in its batch is padded on the right (`prefill` sees to that). In the cache this
+    padding remains, as a hole between the prompt and the answer: `attention_mask` is False there,
+    so it is never looked at and does not count in positions.
     """
 
     def __init__(self, config: Qwen2Config, rows: int, capacity: int, dtype, device):
@@ -243,7 +249,7 @@ class KeyValueCache:
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores keys and values (B, heads, T, D) of new tokens; returns those of all tokens.
 
-        `length` stays as it is until every layer has done this.
+        `length` stays as it is: `Qwen2Model.forward` advances it after the last layer.
         """
         end = self.length + k.shape[2]
         self.keys[layer][:, :, self.length : end] = k
@@ -267,7 +273,10 @@ def rotary_tables(positions: Tensor, head_dim: int, base: float, dtype: torch.dt
 
 
 def rotate_half(x: Tensor) -> Tensor:
-    """What each channel takes from its partner: i and i + D / 2 are rotated as a pair."""
+    """(a, b) -> (-b, a), where a and b are the halves of the channels.
+
+    So x * cos + rotate_half(x) * sin rotates each pair of channels (i, i + D / 2) by its angle.
+    """
     first, second = x.chunk(2, dim=-1)
     return torch.cat([-second, first], dim=-1)
 
@@ -318,9 +327,10 @@ class Qwen2Attention(nn.Module):
 def attend_one_token(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True) for one query.
 
-    That call copies every key-value head for each query head that shares it. Here the query heads
-    that share one take the place of several queries, and nothing is copied. In bfloat16 this is ten
-    times as fast; without it, a token after ten minutes of audio would take twice the time.
+    That call copies every key-value head for each query head that shares it. Here nothing is
+    copied: 28 heads with one query each, (B, 28, 1, D), are viewed as 4 heads with 7 queries each,
+    (B, 4, 7, D). All 7 stand at the same position. In bfloat16 this is ten times as fast; without
+    it, a token after ten minutes of audio would take twice the time.
     """
     batch, query_heads, _, head_dim = q.shape
     grouped = q.view(batch, k.shape[1], -1, head_dim)  # (B, key-value heads, queries, D)
@@ -366,7 +376,8 @@ class Qwen2Model(nn.Module):
     def forward(self, x: Tensor, attention_mask: Tensor, cache: KeyValueCache | None) -> Tensor:
         """Hidden states (B, T, H) of embeddings x (B, T, H) that follow those in the cache.
 
-        attention_mask: (B, T) bool, False on padding, which must stand on the right of x.
+        attention_mask: (B, T) bool, False on padding, which must stand on the right of x; `prefill`
+        moves it there.
         """
         tokens = x.shape[1]
         past = 0
@@ -436,7 +447,8 @@ def next_token(logits: Tensor, seen: Tensor, options: GenerationConfig) -> Tenso
     if options.top_k:
         probabilities[:, options.top_k :] = 0
     if options.top_p is not None:
-        # Keep an id as long as those before it do not reach top_p of what top-k has left.
+        # Drop an id when those likelier than it already hold top_p of the total, which is below 1
+        # if top-k has dropped some.
         total = probabilities.sum(-1, keepdim=True)
         before = probabilities.cumsum(-1) - probabilities
         probabilities[before >= options.top_p * total] = 0
@@ -517,11 +529,13 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
         in_order = [real_frames[window] for window in range(len(mel_frames))]
         return self.multi_modal_projector(torch.cat(in_order))
 
-    def splice(self, input_ids: Tensor, audio_frames: Tensor) -> Tensor:
+    def splice(self, input_ids: Tensor, audio_frames: Tensor | None) -> Tensor:
         """Embeddings (B, T, H); each <sound> id is replaced by the next audio frame."""
         is_sound = input_ids == self.config.audio_token_id  # (B, T)
         check_frame_count(is_sound, audio_frames)
         x = self.language_model.model.embed_tokens(input_ids)
+        if audio_frames is None:
+            return x
         return x.masked_scatter(is_sound[..., None], audio_frames.to(x.dtype))
 
     def prefill(
@@ -536,17 +550,19 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
 
         Takes the tensors of `forward`, the attention mask as bool, and fills a `KeyValueCache`.
         """
-        audio_frames = input_ids.new_empty(0)
+        audio_frames = None
         if input_features is not None:
             audio_frames = self.get_audio_features(input_features, feature_attention_mask)
         x = self.splice(input_ids, audio_frames)
 
-        # Each row's padding moves to its right, where causal attention never looks. On the left it
-        # would have no key to attend to: the softmax of nothing is NaN, and NaN spreads.
+        # Padding may stand on either side. It is moved to the right of each row, where causal
+        # attention of real tokens never looks. A padding token on the left would have no token to
+        # look at itself: the softmax of nothing is NaN, and NaN spreads to real tokens.
         order = attention_mask.argsort(dim=1, descending=True, stable=True)  # (B, T)
         x = x.take_along_dim(order[..., None], dim=1)
         x = self.run_decoder(x, attention_mask.gather(1, order), cache)
-        return x.take_along_dim(order.argsort(dim=1)[..., None], dim=1)  # order, undone
+        in_given_order = order.argsort(dim=1)  # the inverse of the permutation
+        return x.take_along_dim(in_given_order[..., None], dim=1)
 
     def run_decoder(self, x, attention_mask, cache):
         """The decoder's hidden states; after a past, those of 1024 tokens at a time.
@@ -592,7 +608,8 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
         loss = None
         if labels is not None:
             predictions = logits[:, :-1].float()
-            targets = labels[:, 1:].masked_fill(~attention_mask[:, :-1], -100)  # not from padding
+            # Padding on the left would have to predict the first real token.
+            targets = labels[:, 1:].masked_fill(~attention_mask[:, :-1], -100)
             loss = F.cross_entropy(predictions.flatten(0, 1), targets.flatten(), ignore_index=-100)
         return SimpleNamespace(logits=logits, loss=loss)
 
@@ -645,9 +662,11 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
             seen.scatter_(1, token_ids[:, None], True)
             logits = self.decode_one_token(token_ids, cache)
 
-    def generate(self, input_ids: Tensor, *features, **options) -> Tensor:
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **options
+    ) -> Tensor:
         """(B, T + new) ids: the prompt as given, then the new ones. Takes what `stream` takes."""
-        new_ids = list(self.stream(input_ids, *features, **options))
+        new_ids = list(self.stream(input_ids, attention_mask, **options))
         return torch.cat([input_ids, torch.stack(new_ids, dim=1)], dim=1)
 
     def new_cache(self, rows: int, capacity: int) -> KeyValueCache:
@@ -679,11 +698,12 @@ def choose_dtype(dtype: str | torch.dtype, own_dtype: torch.dtype) -> torch.dtyp
     return dtype
 
 
-def check_frame_count(is_sound: Tensor, audio_frames: Tensor) -> None:
+def check_frame_count(is_sound: Tensor, audio_frames: Tensor | None) -> None:
     tokens = int(is_sound.sum())
-    if tokens != len(audio_frames):
+    frames = 0 if audio_frames is None else len(audio_frames)
+    if tokens != frames:
         raise ValueError(
-            f"Audio tokens and features mismatch: tokens={tokens}, frames={len(audio_frames)}. "
+            f"Audio tokens and features mismatch: tokens={tokens}, frames={frames}. "
             "Pass the processor's input_ids together with its input_features."
         )
 
@@ -694,9 +714,7 @@ def check_attention_mask(attention_mask: Tensor | None, input_ids: Tensor) -> Te
         return torch.ones_like(input_ids, dtype=torch.bool)
     attention_mask = attention_mask.bool()
     if attention_mask.shape != input_ids.shape or not bool(attention_mask.any(dim=1).all()):
-        raise ValueError(
-            "attention_mask: of input_ids' shape, with a one in every row, is expected."
-        )
+        raise ValueError("attention_mask must have the shape of input_ids, and a 1 in every row.")
     return attention_mask
 
 

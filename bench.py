@@ -3,7 +3,7 @@
     python bench.py tiny                                   the embedded checkpoint, 5 s of audio
     python bench.py CHECKPOINT --int8 --seconds 5 30       its own dtype, then int8
     python bench.py CHECKPOINT --seconds 30 120 300 600 --tokens 4 --rounds 3
-    pip install transformers==5.23.0 librosa               only for its figures, ours : theirs = ratio
+    pip install transformers==5.23.0 librosa     for its figures: ours : theirs = ratio
 
 encoder      from log-mel windows to projected audio frames
 first token  from the waveform, log-mel and encoder included

@@ -181,8 +181,8 @@ def read_json(path: Path) -> dict:
 
 # ---- Reading the tensors ----
 
-# How tensor names begin elsewhere, and how the same names begin in the model.
-# The hub layout has the model's own names.
+# How tensor names begin elsewhere, and how the same names begin in the model. The first that fits
+# counts, so a longer one stands before a shorter one. The hub layout has the model's own names.
 TRANSFORMERS_5_NAMES = {
     "model.audio_tower.": "audio_tower.",
     "model.multi_modal_projector.": "multi_modal_projector.",

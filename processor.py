@@ -67,8 +67,9 @@ def log_mel(window: Tensor) -> Tensor:
 def pad_window(window: Tensor) -> Tensor:
     """A window with zeros after it, up to 30 s, or as many as make a difference.
 
-    From the third frame after the samples on, every mel frame is the same silence, so `log_mel`
-    repeats its last frame instead of computing it again: a 5 s clip takes a fifth of the time.
+    A mel frame sees 200 samples to either side of its centre, which is more than one hop. So two
+    frames after the clip still see some of it; the third and all later ones see only zeros, and are
+    the same. `log_mel` computes the third and repeats it: a 5 s clip takes a fifth of the time.
     """
     frames = mel_frame_count(len(window)) + 3
     length = min(frames * HOP_LENGTH, N_SAMPLES)
@@ -77,7 +78,10 @@ def pad_window(window: Tensor) -> Tensor:
 
 @lru_cache
 def mel_filters() -> Tensor:
-    """(128, 201): triangles from 0 to 8 kHz, evenly spaced in mel, each of area 1 over Hz."""
+    """(128, 201): triangles from 0 to 8 kHz, evenly spaced in mel.
+
+    Each has the area 1 when its width is measured in Hz.
+    """
     highest = 15 + math.log(SAMPLE_RATE / 2 / 1000) * 27 / math.log(6.4)  # 8 kHz in mel
     edges = mel_to_hz(torch.linspace(0, highest, N_MELS + 2, dtype=torch.float64))
     bins = torch.linspace(0, SAMPLE_RATE / 2, N_FFT // 2 + 1, dtype=torch.float64)  # in Hz
@@ -123,6 +127,7 @@ class Tokenizer:
         content = read_json(path)
         with errors_naming(path):
             vocabulary = content["model"]["vocab"]
+            # tiktoken needs no merges, if they are in the order of the ids that they make.
             check_merges(content["model"]["merges"], vocabulary)
             pattern = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
             added_tokens = content["added_tokens"]
@@ -141,8 +146,8 @@ class Tokenizer:
         self.eos_token_id = named_ids["eos_token_id"]
 
     def encode(self, text: str) -> list[int]:
-        """The ids of plain text. Added tokens that it spells out are plain text too."""
-        check_whitespace(text)
+        """The ids of plain text: "<|im_end|>" in it is ten ordinary characters, not the token."""
+        check_no_long_whitespace(text)  # tiktoken would fail
         return self.bpe.encode_ordinary(unicodedata.normalize("NFC", text))
 
     def encode_pieces(self, pieces: list[str | int]) -> list[int]:
@@ -228,8 +233,9 @@ class AudioFlamingo3Processor:
         _place_audio      [..., "user\n", Tensor(80000), "Hi", 151645, "\n", ...]
         _batch            [..., "user\n", 151669, 151669, ... 125 times, "Hi", 151645, "\n", ...]
 
-    Text is never searched for added tokens, so what a user spells out stays text: nobody can
-    forge the end of a turn.
+    What a user spells out stays text, so nobody can forge the end of a turn. There are two
+    exceptions, both in `__call__`: <sound>, where there is audio; and a finished template, in which
+    every added token counts.
     """
 
     audio_token = "<sound>"
@@ -238,7 +244,7 @@ class AudioFlamingo3Processor:
     def __init__(self, tokenizer: Tokenizer, max_audio_len: int = 600):
         self.tokenizer = tokenizer
         self.max_samples = max(1, max_audio_len // WINDOW_SECONDS) * N_SAMPLES
-        self.feature_extractor = SimpleNamespace(
+        self.feature_extractor = SimpleNamespace(  # for the published examples, which read it
             sampling_rate=SAMPLE_RATE, chunk_length=WINDOW_SECONDS
         )
         self.audio_token_id = tokenizer.added_tokens[self.audio_token]
@@ -300,7 +306,8 @@ class AudioFlamingo3Processor:
             windows = self.to_waveform(recording, f"Sample {number}").split(N_SAMPLES)
             pieces = self._prompt_pieces(prompt, len(windows))
             check_placeholders(pieces.count(self.audio_token_id), len(windows), number)
-            # Here each <sound> stands for one window; in a conversation, for a whole recording.
+            # Each <sound> takes a list of windows: here of one window; in a conversation, those of
+            # a whole recording.
             prompts.append(self._place_audio(pieces, [[window] for window in windows]))
         return self._batch(prompts, padding_side, output_labels)
 
@@ -626,7 +633,7 @@ def check_merges(merges: list, vocabulary: dict[str, int]) -> None:
             raise ValueError(f"merge {rank} does not make token {256 + rank}.")
 
 
-def check_whitespace(text: str) -> None:
+def check_no_long_whitespace(text: str) -> None:
     if re.search(r"\s{100000}", text):
         raise ValueError(
             "100,000 spaces or line ends in a row are more than the tokenizer's "

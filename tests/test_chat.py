@@ -155,32 +155,20 @@ def fail_in_step(monkeypatch, model, step):
     monkeypatch.setattr(layer, "forward", failing_forward)
 
 
-def test_a_first_step_that_fails_leaves_the_conversation_as_it_was(
-    processor, model, conversation, monkeypatch
+@pytest.mark.parametrize("failing_step, kept_tokens", [(1, 0), (4, 3)])
+def test_a_step_that_fails_leaves_the_conversation_as_if_it_had_ended_before(
+    processor, model, conversation, monkeypatch, failing_step, kept_tokens
 ):
     options = {"max_new_tokens": 8, "eos_token_id": []}
     other = Conversation(processor, model)
     ask(conversation, "One?", [sound(20000)], **options)
     ask(other, "One?", [sound(20000)], **options)
     with monkeypatch.context() as patch:
-        fail_in_step(patch, model, step=1)
+        fail_in_step(patch, model, failing_step)
         with pytest.raises(RuntimeError):
             ask(conversation, "Two?", **options)
-    assert ask(conversation, "Three?", **options) == ask(other, "Three?", **options)
-
-
-def test_a_later_step_that_fails_keeps_the_answer_up_to_it(
-    processor, model, conversation, monkeypatch
-):
-    options = {"max_new_tokens": 8, "eos_token_id": []}
-    other = Conversation(processor, model)
-    ask(conversation, "One?", [sound(20000)], **options)
-    ask(other, "One?", [sound(20000)], **options)
-    with monkeypatch.context() as patch:
-        fail_in_step(patch, model, step=4)
-        with pytest.raises(RuntimeError):
-            ask(conversation, "Two?", **options)
-    ask(other, "Two?", max_new_tokens=3, eos_token_id=[])
+    if kept_tokens > 0:
+        ask(other, "Two?", max_new_tokens=kept_tokens, eos_token_id=[])
     assert ask(conversation, "Three?", **options) == ask(other, "Three?", **options)
 
 
