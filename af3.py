@@ -679,7 +679,9 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
 
 
 def choose_device(device_map: str | torch.device) -> str | torch.device:
+    """The device that "auto", a torch.device or its name stands for, if PyTorch can use it."""
     if device_map != "auto":
+        check_device(device_map)
         return device_map
     if torch.cuda.is_available():
         return "cuda"
@@ -688,14 +690,30 @@ def choose_device(device_map: str | torch.device) -> str | torch.device:
     return "cpu"
 
 
+def check_device(device: str | torch.device) -> None:
+    try:
+        usable = torch.device(device).type in ("cpu", "cuda", "mps")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        usable = False
+    if not usable:
+        raise ValueError(
+            f"device is {str(device)!r}, which PyTorch cannot use here; "
+            "auto, cpu, cuda or mps is expected."
+        )
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
 def choose_dtype(dtype: str | torch.dtype, own_dtype: torch.dtype) -> torch.dtype:
     """The dtype that "auto", a torch.dtype or its name stands for."""
     if dtype == "auto":
         return own_dtype
-    dtype = getattr(torch, str(dtype), dtype)
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"dtype is {dtype!r}; float32, bfloat16 or float16 is expected.")
-    return dtype
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"dtype is {name!r}; auto, float32, bfloat16 or float16 is expected.")
+    return DTYPES[name]
 
 
 def check_frame_count(is_sound: Tensor, audio_frames: Tensor | None) -> None:
@@ -741,22 +759,24 @@ def check_finite(logits: Tensor, model: nn.Module) -> None:
 
 
 def check_generation_options(options: GenerationConfig) -> None:
-    check_number("max_new_tokens", options.max_new_tokens, int, 1, 1e9)
+    check_number("max_new_tokens", options.max_new_tokens, int, 1, 10**9)
     check_number("temperature", options.temperature, float, 1e-6, 1e6)
     check_number("repetition_penalty", options.repetition_penalty, float, 1e-6, 1e6)
-    check_number("do_sample", options.do_sample, bool, 0, 1)
-    check_number("pad_token_id", options.pad_token_id, int, 0, 1e9)
+    check_number("pad_token_id", options.pad_token_id, int, 0, 10**9)
+    if not isinstance(options.do_sample, bool):
+        raise ValueError(f"do_sample is {options.do_sample!r}; true or false is expected.")
     if options.top_k is not None:
-        check_number("top_k", options.top_k, int, 0, 1e9)
+        check_number("top_k", options.top_k, int, 0, 10**9)
     if options.top_p is not None:
         check_number("top_p", options.top_p, float, 1e-6, 1)
     end_ids = options.eos_token_id
     for end_id in end_ids if isinstance(end_ids, list) else [end_ids]:
-        check_number("eos_token_id", end_id, int, 0, 1e9)
+        check_number("eos_token_id", end_id, int, 0, 10**9)
 
 
 def check_number(name: str, value, kind: type, smallest: float, largest: float) -> None:
     if not isinstance(value, (int, kind)) or not smallest <= value <= largest:
+        kind_name = "a number" if kind is float else "a whole number"
         raise ValueError(
-            f"{name} is {value!r}; {kind.__name__} from {smallest:g} to {largest:g} is expected."
+            f"{name} is {value!r}; {kind_name} from {smallest} to {largest} is expected."
         )

@@ -30,7 +30,8 @@ from af3 import (
     choose_dtype,
 )
 from plumbing.audio_file import AUDIO_SUFFIXES
-from processor import AudioFlamingo3Processor, Batch, check_plain_prompt
+from plumbing.words import split_words
+from processor import AudioFlamingo3Processor, Batch, check_plain_prompt, plural
 
 TINY = Path(__file__).resolve().parent / "tiny"
 
@@ -43,6 +44,9 @@ TOP_P_HELP = "with --sample: draw from the fewest tokens that hold P of the prob
 PENALTY_HELP = "above 1: tokens in the prompt and in the answer so far become less likely"
 EXPLAIN_HELP = "show the way through the model as a table and a picture, then the answer"
 PROMPTS_HELP = 'read JSON lines with "audio", "prompt" and any other fields, which are kept'
+
+
+SHORTER_HINT = "shorten the audio or lower --max-new-tokens"  # where memory runs out
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -101,7 +105,8 @@ def main() -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Does what the command line asks for."""
-    recordings, prompt = split_words(args.words, may_be_prompt=bool(args.prompts or args.chat))
+    may_be_prompt = bool(args.prompts or args.chat)
+    recordings, prompt = split_words(args.words, AUDIO_SUFFIXES, may_be_prompt)
     if not (recordings or args.chat or args.prompts):
         refuse("the following arguments are required: audio")
     if prompt is None and not args.chat:
@@ -136,20 +141,6 @@ def wants_json_lines(args: argparse.Namespace, recordings: list[str]) -> bool:
     return len(recordings) > 1 or os.path.isdir(recordings[0])
 
 
-def split_words(words: list[str], may_be_prompt: bool) -> tuple[list[str], str | None]:
-    """Recordings and the prompt, which is a last word that is neither a file nor named like one.
-
-    may_be_prompt: a word that stands alone may be the prompt.
-    """
-    if not words or (len(words) == 1 and not may_be_prompt):
-        return words, None
-    last = words[-1]
-    named_like_a_file = " " not in last and Path(last).suffix.lower() in AUDIO_SUFFIXES
-    if os.path.exists(last) or named_like_a_file:
-        return words, None
-    return words[:-1], last
-
-
 def generation_options(args: argparse.Namespace) -> dict:
     """The options of `generate` that were given; None where the checkpoint decides."""
     if args.seed is not None:
@@ -160,12 +151,25 @@ def generation_options(args: argparse.Namespace) -> dict:
             options[option.name] = getattr(args, option.name)
     if not args.do_sample:
         del options["do_sample"]  # then the checkpoint decides
+        check_no_sampling_options(args)
     GenerationConfig(**options)  # refuses a value out of range before the model is loaded
     return options
 
 
+def check_no_sampling_options(args: argparse.Namespace) -> None:
+    for name in ("temperature", "top_k", "top_p", "seed"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} has no effect without --sample.")
+
+
 def load_model(args: argparse.Namespace) -> AudioFlamingo3ForConditionalGeneration:
     """The model, with the adapter merged and the decoder quantised where that was asked for."""
+    hint = "use a smaller --dtype" if args.int8 else "use --int8, or a smaller --dtype"
+    with terminal.memory_hint(hint):
+        return load_changed_model(args)
+
+
+def load_changed_model(args: argparse.Namespace) -> AudioFlamingo3ForConditionalGeneration:
     choose_dtype(args.dtype, torch.float32)  # refuses an unknown one before the model is loaded
     if not (args.think or args.int8):
         return AudioFlamingo3ForConditionalGeneration.from_pretrained(
@@ -187,11 +191,14 @@ def load_model(args: argparse.Namespace) -> AudioFlamingo3ForConditionalGenerati
 
 def answer_one(args: argparse.Namespace, recording: str, prompt: str, options: dict) -> None:
     processor = AudioFlamingo3Processor.from_pretrained(args.model)
-    inputs = processor.apply_transcription_request(recording, prompt)
+    reading = terminal.show_waiting(f"reading {recording}", args.quiet)
+    with reading, terminal.memory_hint(SHORTER_HINT):
+        inputs = processor.apply_transcription_request(recording, prompt)
     model = load_model(args)
     timer = terminal.StepTimer()
-    steps = timer.watch(model.stream(**inputs.to(model.device), **options))
-    terminal.print_as_it_comes(processor.stream_text(steps))
+    with terminal.memory_hint(SHORTER_HINT):
+        steps = timer.watch(model.stream(**inputs.to(model.device), **options))
+        terminal.print_as_it_comes(processor.stream_text(steps))
     if not args.quiet:
         print(describe_audio(inputs, processor.audio_token_id), file=sys.stderr)
         print(timer.summary(), file=sys.stderr)
@@ -200,9 +207,9 @@ def answer_one(args: argparse.Namespace, recording: str, prompt: str, options: d
 def describe_audio(inputs: Batch, audio_token_id: int) -> str:
     mask = inputs["feature_attention_mask"]
     seconds = int(mask.sum()) / 100
-    windows = "1 window" if len(mask) == 1 else f"{len(mask)} windows"
+    windows = plural(len(mask), "window")
     audio_frames = int((inputs["input_ids"] == audio_token_id).sum())
-    return f"heard {seconds:.1f} s: {windows}, {audio_frames} audio frames"
+    return f"heard {seconds:.1f} s: {windows}, {plural(audio_frames, 'audio frame')}"
 
 
 def answer_many(args: argparse.Namespace, recordings: list, prompt: str, options: dict) -> None:

@@ -36,6 +36,7 @@ def find_checkpoint(name: str | Path) -> Path:
     Nothing is downloaded. Raises FileNotFoundError with the command that does it.
     """
     if str(name) and Path(name).is_dir():
+        check_is_checkpoint(Path(name))
         return Path(name)
     cache = hub_cache()
     model = cache / f"models--{str(name).replace('/', '--')}"
@@ -284,6 +285,11 @@ def errors_naming(path: Path) -> Iterator[None]:
         if not isinstance(error, (ValueError, RuntimeError, OSError)):
             reason = f"unexpected content ({error!r})"
         raise ValueError(f"{path}: {reason}") from None
+
+
+def check_is_checkpoint(folder: Path) -> None:
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(f"{folder}: no config.json inside; a checkpoint is expected.")
 
 
 def check_is_file(path: Path) -> None:

@@ -16,7 +16,6 @@ import codecs
 import math
 import re
 import unicodedata
-import warnings
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -31,7 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from af3 import frame_counts
 from load_weights import errors_naming, find_checkpoint, read_json, read_named_ids, tokenizer_folder
-from plumbing.audio_file import load_audio, to_float32
+from plumbing.audio_file import load_audio, to_float32, warn_about_length
 
 # ---- Log-mel ----
 
@@ -364,16 +363,13 @@ class AudioFlamingo3Processor:
         that the model takes. Integers are scaled by their range. `name` is for errors."""
         if isinstance(audio, (str, Path)):
             name = str(audio)
-            audio = load_audio(audio, SAMPLE_RATE)
+            audio = load_audio(audio, SAMPLE_RATE, self.max_samples / SAMPLE_RATE)
         samples = as_array(audio)
         check_samples(samples, name)
         samples = to_float32(samples)
         check_finite(samples, name)
         if len(samples) > self.max_samples:
-            warnings.warn(
-                f"{len(samples) / SAMPLE_RATE:.1f} s of audio: "
-                f"only the first {self.max_samples / SAMPLE_RATE:.1f} s are heard"
-            )
+            warn_about_length(len(samples) / SAMPLE_RATE, self.max_samples / SAMPLE_RATE)
         return torch.from_numpy(samples[: self.max_samples])
 
     def batch_decode(self, ids, *args, **options) -> list[str]:
@@ -578,6 +574,10 @@ def check_plain_prompt(prompt: str) -> None:
         raise ValueError("The prompt starts with <|im_start|>; ask in plain words.")
 
 
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def check_samples(samples: np.ndarray, name: str) -> None:
     if samples.ndim != 1 or samples.dtype.kind not in "fiu":
         raise ValueError(
@@ -586,16 +586,16 @@ def check_samples(samples: np.ndarray, name: str) -> None:
         )
     if len(samples) < MIN_SAMPLES:
         raise ValueError(
-            f"{name}: audio of {len(samples)} samples; "
-            f"at least {MIN_SAMPLES} (20 ms at 16 kHz) are expected."
+            f"{name}: audio of {plural(len(samples), 'sample')}; "
+            f"at least {MIN_SAMPLES} (a little over 20 ms at 16 kHz) are expected."
         )
 
 
 def check_finite(samples: np.ndarray, name: str) -> None:
     if not (np.abs(samples) < 2.0**32).all():  # the mel power of larger ones is infinite
         raise ValueError(
-            f"{name}: audio holds NaN or infinite samples; "
-            "finite ones, at most 1 in size, are expected."
+            f"{name}: audio holds samples that are NaN or infinite or far too large; "
+            "numbers from -1 to 1 are expected."
         )
 
 

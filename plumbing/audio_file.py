@@ -7,9 +7,14 @@ import math
 import re
 import struct
 import subprocess
+import tempfile
 import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -25,28 +30,35 @@ AUDIO_SUFFIXES = {
 }
 
 
-def load_audio(path: str | Path, sampling_rate: int = 16000) -> np.ndarray:
+def load_audio(
+    path: str | Path, sampling_rate: int = 16000, max_seconds: float | None = None
+) -> np.ndarray:
     """A mono float32 waveform (n,) in [-1, 1] at `sampling_rate` Hz; channels are averaged.
 
-    A truncated file gives the samples it has, with a warning. Raises FileNotFoundError or
-    ValueError, naming the file.
+    No more than `max_seconds` are read, with a warning where there are more. A truncated file gives
+    the samples it has, with a warning. Raises FileNotFoundError or ValueError, naming the file.
     """
     path = Path(path)
     check_is_audio_file(path)
-    decoded = None
+    waveform = None
     if is_wav(path):
-        decoded = read_wav(path.read_bytes(), path)
-    if decoded is None:
-        decoded = read_wav(decode_with_ffmpeg(path), path)
-    if decoded is None or len(decoded[1]) == 0:
+        with open(path, "rb") as file:
+            waveform = read_wav(file, path, sampling_rate, max_seconds)
+    if waveform is None:
+        waveform = read_with_ffmpeg(path, sampling_rate, max_seconds)
+    if waveform is None or len(waveform) == 0:
         raise ValueError(f"{path}: no samples inside that can be read.")
-    rate, samples = decoded
-    mono = torch.from_numpy(samples).mean(1)
-    return resample(mono, rate, sampling_rate).numpy()
+    return waveform.numpy()
+
+
+def warn_about_length(seconds: float, max_seconds: float) -> None:
+    warnings.warn(f"{seconds:.1f} s of audio: only the first {max_seconds:.1f} s are heard")
 
 
 def check_is_audio_file(path: Path) -> None:
     if path.is_file():
+        if path.stat().st_size == 0:
+            raise ValueError(f"{path}: an empty file; a sound file is expected.")
         return
     if path.exists():
         raise ValueError(f"{path}: a directory or device; a sound file is expected.")
@@ -78,48 +90,133 @@ def is_wav(path: Path) -> bool:
         return re.fullmatch(b"RIFF.{4}WAVE", file.read(12), re.DOTALL) is not None
 
 
-def read_wav(content: bytes, path: Path) -> tuple[int, np.ndarray] | None:
-    """(sampling rate in Hz, float32 samples (n, channels)) from a WAV file's bytes.
+PART_SECONDS = 10  # read and resampled at a time, so that a long recording needs little memory
 
-    None if the file is of a kind that ffmpeg has to read. `path` is for the warning only.
+
+def read_wav(
+    file: BinaryIO, path: Path, sampling_rate: int, max_seconds: float | None
+) -> Tensor | None:
+    """The waveform of a WAV file, as `load_audio` gives it.
+
+    None if the file is of a kind that ffmpeg has to read. `path` is for warnings only.
     """
-    chunks = find_chunks(content)
-    start, size = chunks.get(b"fmt ", (0, 0))
-    if size < 16 or b"data" not in chunks:
+    header = read_header(file)
+    if header is None:
         return None
-    code, channels, rate, _, frame_bytes, bits = struct.unpack_from("<HHIIHH", content, start)
-    if code == EXTENSIBLE and size >= 40:
-        (code,) = struct.unpack_from("<H", content, start + 24)
+    check_rate(header.rate, path)
+    parts = WavParts(file, header, max_seconds)
+    # All parts are read first: PyTorch's threads would keep ffmpeg from its processor.
+    resampled = resample_parts(list(parts), header.rate, sampling_rate)
+    waveform = torch.cat([*resampled, torch.zeros(0)])
+    if parts.is_cut_off():
+        warnings.warn(
+            f"{path}: cut off, {parts.seconds_read():.1f} s of {header.seconds():.1f} s are there."
+        )
+    if max_seconds is not None and parts.seconds_read() > max_seconds:
+        seconds = header.seconds() if header.size_is_known() else duration_by_ffmpeg(path)
+        warn_about_length(max(seconds, parts.seconds_read()), max_seconds)
+        waveform = waveform[: round(max_seconds * sampling_rate)].clone()  # frees the rest
+    return waveform
+
+
+class WavParts:
+    """The samples of a WAV file, mono, in parts of PART_SECONDS; only the last may be shorter."""
+
+    def __init__(self, file: BinaryIO, header: "Header", max_seconds: float | None):
+        self.file = file
+        self.header = header
+        self.bytes_read = 0
+        self.bytes_wanted = header.data_size
+        if max_seconds is not None:
+            # A second more than is wanted, so that the end is resampled like the rest.
+            longest = math.ceil(max_seconds + MARGIN_SECONDS) * header.bytes_per_second()
+            self.bytes_wanted = min(header.data_size, longest)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        part_bytes = PART_SECONDS * self.header.bytes_per_second()
+        while self.bytes_read < self.bytes_wanted:
+            content = self.file.read(min(part_bytes, self.bytes_wanted - self.bytes_read))
+            if not content:
+                return
+            self.bytes_read += len(content)
+            yield to_mono(content, self.header)
+
+    def seconds_read(self) -> float:
+        return self.bytes_read / self.header.bytes_per_second()
+
+    def is_cut_off(self) -> bool:
+        return self.header.size_is_known() and self.bytes_read < self.bytes_wanted
+
+
+@dataclass
+class Header:
+    rate: int  # Hz
+    channels: int
+    sample_type: str  # numpy's
+    frame_bytes: int  # of one sample of every channel
+    data_size: int  # bytes of all samples
+
+    def bytes_per_second(self) -> int:
+        return self.frame_bytes * self.rate
+
+    def seconds(self) -> float:
+        return self.data_size / self.bytes_per_second()
+
+    def size_is_known(self) -> bool:
+        return self.data_size < UNKNOWN_SIZE
+
+
+def read_header(file: BinaryIO) -> Header | None:
+    """Reads a WAV file up to its first sample. None if it is not of a kind that is read here."""
+    file.read(12)  # RIFF, size, WAVE
+    sample_format = b""
+    while True:
+        chunk = file.read(8)
+        if len(chunk) < 8:
+            return None
+        name, size = struct.unpack("<4sI", chunk)
+        if name == b"data":
+            break
+        if name == b"fmt " and not sample_format:
+            sample_format = file.read(min(size, 40))
+            size -= len(sample_format)
+        skip(file, size + size % 2)  # chunks are padded to an even size
+    if len(sample_format) < 16:
+        return None
+    code, channels, rate, _, frame_bytes, bits = struct.unpack_from("<HHIIHH", sample_format)
+    if code == EXTENSIBLE and len(sample_format) >= 40:
+        (code,) = struct.unpack_from("<H", sample_format, 24)
     if (code, bits) not in SAMPLE_TYPES or frame_bytes != channels * bits // 8:
         return None
-    if channels == 0 or not 1000 <= rate <= 768000:
+    if channels == 0:
         return None
+    return Header(rate, channels, SAMPLE_TYPES[code, bits], frame_bytes, data_size=size)
 
-    start, size = chunks[b"data"]
-    available = min(size, len(content) - start)
-    if available < size < UNKNOWN_SIZE:
-        bytes_per_second = frame_bytes * rate
-        warnings.warn(
-            f"{path}: cut off, {available / bytes_per_second:.1f} s of "
-            f"{size / bytes_per_second:.1f} s are there."
-        )
-    count = available // frame_bytes * channels
-    samples = np.frombuffer(content, SAMPLE_TYPES[code, bits], count, start)
-    if bits == 24:
+
+def check_rate(rate: int, path: Path) -> None:
+    if not 1000 <= rate <= 768000:
+        raise ValueError(f"{path}: a sampling rate of {rate} Hz; 1000 to 768000 Hz are expected.")
+
+
+def skip(file: BinaryIO, count: int) -> None:
+    """Reads on by `count` bytes; a pipe cannot be moved in another way."""
+    while count > 0:
+        part = file.read(min(count, 1 << 20))
+        if not part:
+            return
+        count -= len(part)
+
+
+def to_mono(content: bytes, header: Header) -> Tensor:
+    """The mean of the channels (n,), float32, of whole frames; bytes of an incomplete one are left."""
+    count = len(content) // header.frame_bytes * header.channels
+    samples = np.frombuffer(content, header.sample_type, count)
+    if header.sample_type == "3u1":
         # A zero byte below the three makes them the upper bytes of a 32-bit integer.
         samples = np.pad(samples, ((0, 0), (1, 0))).view("<i4")
-    return rate, to_float32(samples).reshape(-1, channels)
-
-
-def find_chunks(content: bytes) -> dict[bytes, tuple[int, int]]:
-    """(start, size) of each chunk of a WAV file, by name, up to the first with samples."""
-    chunks = {}
-    position = 12  # after RIFF, size, WAVE
-    while position + 8 <= len(content) and b"data" not in chunks:
-        name, size = struct.unpack_from("<4sI", content, position)
-        chunks.setdefault(name, (position + 8, size))
-        position += 8 + size + size % 2  # chunks are padded to an even size
-    return chunks
+    channels = to_float32(samples).reshape(-1, header.channels)
+    weights = torch.full((header.channels,), 1 / header.channels)
+    return torch.from_numpy(channels) @ weights  # .mean(1) takes ten times as long
 
 
 @np.errstate(over="ignore")  # a float64 too large for float32 becomes infinity
@@ -128,47 +225,99 @@ def to_float32(samples: np.ndarray) -> np.ndarray:
     if samples.dtype.kind == "f":
         return samples.astype(np.float32)
     half_range = 2.0 ** (8 * samples.itemsize - 1)
-    centred = samples.astype(np.float64)
     if samples.dtype.kind == "u":
-        centred -= half_range
-    return (centred / half_range).astype(np.float32)
+        samples = samples - half_range  # float64
+    return samples.astype(np.float32) / np.float32(half_range)
 
 
 # ---- Other containers ----
 
 
-def decode_with_ffmpeg(path: Path) -> bytes:
-    """The first audio stream of a file as a WAV of float samples, at its own rate and channels."""
+def read_with_ffmpeg(path: Path, sampling_rate: int, max_seconds: float | None) -> Tensor | None:
+    """The waveform of the first audio stream in a file, as `load_audio` gives it."""
     command = ["ffmpeg", "-nostdin", "-v", "error"]
-    command += ["-protocol_whitelist", "file", "-format_whitelist", FFMPEG_FORMATS]
-    command += ["-i", f"file:{path.absolute()}", "-map", "0:a:0"]
-    command += ["-f", "wav", "-c:a", "pcm_f32le", "-"]
-    try:
-        result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
-    except FileNotFoundError:
-        raise ValueError(
-            f"{path}: not a plain WAV file, and ffmpeg, which reads the others, is not installed."
-        ) from None
-    errors = result.stderr.decode(errors="replace").strip().splitlines()
-    reason = errors[0] if errors else "no audio inside"
-    if len(result.stdout) < 44:  # not even a WAV header
+    if max_seconds is not None:
+        command += ["-t", str(math.ceil(max_seconds + MARGIN_SECONDS))]
+    command += [*ffmpeg_input(path), "-map", "0:a:0", "-f", "wav", "-c:a", "pcm_f32le", "-"]
+    with tempfile.TemporaryFile() as messages:
+        try:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=messages
+            )
+        except FileNotFoundError:
+            raise ValueError(
+                f"{path}: not a plain WAV file, and ffmpeg, which reads the others, "
+                "is not installed."
+            ) from None
+        with process:
+            waveform = read_wav(process.stdout, path, sampling_rate, max_seconds)
+        messages.seek(0)
+        errors = messages.read().decode(errors="replace").strip().splitlines()
+    reason = "no audio inside"
+    if errors:
+        reason = errors[0].replace(f"file:{path.absolute()}: ", "")
+        reason = re.sub(r" @ 0x[0-9a-f]+", "", reason)  # addresses in ffmpeg's memory
+    if waveform is None:
         raise ValueError(f"{path}: no audio that ffmpeg can read ({reason}).")
     if errors:  # ffmpeg's status is 0 for a truncated file
         warnings.warn(f"{path}: read as far as possible ({reason}).")
-    return result.stdout
+    return waveform
+
+
+def ffmpeg_input(path: Path) -> list[str]:
+    """The arguments that let ffmpeg open this file, and no other that it may name."""
+    options = ["-protocol_whitelist", "file", "-format_whitelist", FFMPEG_FORMATS]
+    return [*options, "-i", f"file:{path.absolute()}"]
+
+
+def duration_by_ffmpeg(path: Path) -> float:
+    """The seconds that a file says it has; 0 if it does not say."""
+    command = ["ffmpeg", "-nostdin", *ffmpeg_input(path)]
+    result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
+    duration = re.search(rb"Duration: (\d+):(\d+):([\d.]+)", result.stderr)
+    if duration is None:
+        return 0.0
+    hours, minutes, seconds = duration.groups()
+    return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
 
 
 # ---- Resampling ----
 
 
-def resample(waveform: Tensor, rate: int, target: int) -> Tensor:
-    """A waveform (n,) at `rate` Hz as one of (ceil(n * target / rate),) at `target` Hz.
+MARGIN_SECONDS = 1  # of its neighbours that a part is resampled with; the filter reaches less far
 
-    The spectrum of the whole recording is cut off at the lower of the two Nyquist frequencies, or
-    padded with zeros, and transformed back at the new length. Nothing is delayed.
-    """
+
+def resample(waveform: Tensor, rate: int, target: int) -> Tensor:
+    """A waveform (n,) at `rate` Hz as one of (ceil(n * target / rate),) at `target` Hz."""
+    parts = waveform.split(PART_SECONDS * rate)
+    return torch.cat(list(resample_parts(parts, rate, target)))
+
+
+def resample_parts(parts: Iterable[Tensor], rate: int, target: int) -> Iterator[Tensor]:
+    """Resamples the parts of a recording, all but the last of whole seconds, as one recording."""
     if rate == target:
-        return waveform
+        yield from parts
+        return
+    margin = MARGIN_SECONDS * rate
+    nothing = torch.zeros(0)
+    before = nothing
+    part = None
+    for following in chain(parts, [nothing]):
+        if part is not None:
+            piece = torch.cat([before, part, following[:margin]])
+            resampled = resample_piece(piece, rate, target)
+            first = len(before) * target // rate
+            yield resampled[first : first + math.ceil(len(part) * target / rate)]
+            before = part[-margin:]
+        part = following
+
+
+def resample_piece(waveform: Tensor, rate: int, target: int) -> Tensor:
+    """Resamples in one piece.
+
+    Its whole spectrum is cut off at the lower of the two Nyquist frequencies, or padded with zeros,
+    and transformed back at the new length. Nothing is delayed.
+    """
     # Every `down` samples become `up`. For a rate that nobody uses, the fraction is within 6e-6.
     up, down = Fraction(target, rate).limit_denominator(2000).as_integer_ratio()
     num_blocks = fft_block_count(len(waveform), up, down)

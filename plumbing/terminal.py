@@ -3,10 +3,11 @@
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C has ended
 
@@ -42,10 +43,18 @@ def print_warning(message, *_) -> None:
 
 
 def print_error(error: Exception) -> None:
-    hint = ""
-    if "memory" in repr(error).lower():
-        hint = "shorten the audio, lower --max-new-tokens or use --int8: "
-    print(f"error: {hint}{one_line(error)}", file=sys.stderr)
+    print(f"error: {one_line(error)}", file=sys.stderr)
+
+
+@contextmanager
+def memory_hint(hint: str) -> Iterator[None]:
+    """Puts what would help in front of the message if memory runs out inside."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in repr(error).lower():
+            raise
+        raise MemoryError(f"out of memory; {hint}: {one_line(error)}") from None
 
 
 def has_256_colours() -> bool:
@@ -81,6 +90,36 @@ def exit_interrupted(end_line: bool = True) -> None:
 
 
 # ---- Answers and progress ----
+
+
+@contextmanager
+def show_waiting(text: str, quiet: bool = False) -> Iterator[None]:
+    """From the second second on, shows on stderr what takes so long; in a terminal only."""
+    if quiet or not sys.stderr.isatty():
+        yield
+        return
+    done = threading.Event()
+
+    def show() -> None:
+        seconds = 0
+        while not done.wait(timeout=1):
+            seconds += 1
+            write_status(f"{one_line(text)} ... {seconds} s")
+        if seconds > 0:
+            write_status("")
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def write_status(line: str) -> None:
+    """Replaces the last line of stderr, which is a terminal."""
+    print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 class StepTimer:
@@ -135,4 +174,4 @@ class Progress:
 
     def write(self, line: str) -> None:
         if self.shown:
-            print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
+            write_status(line)

@@ -82,7 +82,7 @@ def run(monkeypatch, capsys, micro):
     """Runs the command line in this process: (exit status, stdout, stderr)."""
 
     def call(*arguments, model=micro):
-        command = ["generate.py", *arguments, "--model", model, "--device", "cpu"]
+        command = ["generate.py", "--model", model, "--device", "cpu", *arguments]
         monkeypatch.setattr(sys, "argv", [str(word) for word in command])
         status = generate.main()
         return status, *capsys.readouterr()

@@ -1,14 +1,17 @@
 """Audio files: every common kind of WAV, other containers through ffmpeg, and resampling."""
 
 import math
+import resource
+import struct
 import subprocess
+import warnings
 
 import numpy as np
 import pytest
 import torch
 
 from conftest import SHARED
-from plumbing.audio_file import load_audio, resample
+from plumbing.audio_file import load_audio, resample, resample_piece
 from signals import sound, write_wav
 from wav import wav_bytes
 
@@ -53,7 +56,9 @@ def test_a_truncated_wav_gives_the_samples_it_has_with_a_warning(tmp_path):
 def test_a_wav_without_samples_or_with_a_false_header_is_refused_by_name(tmp_path, content):
     path = tmp_path / "false.wav"
     path.write_bytes(content)
-    reasons = "no samples inside|no audio that ffmpeg can read|not a plain WAV"
+    reasons = (
+        "no samples|no audio that ffmpeg can read|not a plain WAV|an empty file|a sampling rate"
+    )
     with pytest.raises(ValueError, match=rf"false\.wav: ({reasons})"):
         load_audio(path)
 
@@ -66,6 +71,77 @@ def test_a_missing_file_is_refused_by_name(tmp_path):
 def test_a_directory_is_refused(tmp_path):
     with pytest.raises(ValueError, match="directory"):
         load_audio(tmp_path)
+
+
+def unknown_size(content):
+    """A WAV file as a program leaves it that writes into a pipe: without its size."""
+    position = content.index(b"data") + 4
+    return content[:position] + b"\xff\xff\xff\xff" + content[position + 4 :]
+
+
+def test_a_wav_of_unknown_size_is_read_without_a_warning(tmp_path):
+    path = tmp_path / "pipe.wav"
+    path.write_bytes(unknown_size(wav_bytes(sound(16000)[:, None])))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(load_audio(path, max_seconds=600)) == 16000
+
+
+def test_a_sampling_rate_that_is_none_is_named(tmp_path):
+    path = tmp_path / "slow.wav"
+    path.write_bytes(wav_bytes(sound(4000)[:, None], rate=500))
+    with pytest.raises(ValueError, match=r"slow\.wav: a sampling rate of 500 Hz"):
+        load_audio(path)
+
+
+# ---- Long recordings ----
+
+
+def write_silence(path, seconds, rate=48000):
+    """A WAV file of zeros that take no place on the disk."""
+    header = wav_bytes(np.zeros((1, 1)), rate=rate)[:-2]
+    size = seconds * rate * 2
+    with open(path, "wb") as file:
+        file.write(header[:-4] + struct.pack("<I", size))
+        file.truncate(len(header) + size)
+    return path
+
+
+def test_no_more_than_the_wanted_seconds_are_read(tmp_path):
+    path = write_silence(tmp_path / "hour.wav", seconds=3600)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB
+    with pytest.warns(UserWarning, match=r"^3600\.0 s of audio: only the first 20\.0 s are heard$"):
+        waveform = load_audio(path, max_seconds=20)
+    assert len(waveform) == 20 * 16000
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 50_000
+
+
+def test_a_long_mp3_is_read_in_part_and_its_whole_length_is_said(tmp_path, ffmpeg):
+    source = write_wav(tmp_path / "in.wav", sound(30 * 16000))
+    path = tmp_path / "long.mp3"
+    subprocess.run([ffmpeg, "-v", "error", "-i", source, "-ar", "44100", path], check=True)
+    whole = load_audio(path)
+    with pytest.warns(UserWarning, match=r"^30\.\d s of audio: only the first 12\.0 s are heard$"):
+        beginning = load_audio(path, max_seconds=12)
+    assert len(beginning) == 12 * 16000
+    assert np.abs(beginning - whole[: 12 * 16000]).max() < 1e-5
+
+
+def test_what_is_not_wanted_is_not_kept_in_memory(processor, tmp_path):
+    processor = type(processor)(processor.tokenizer, max_audio_len=30)
+    path = write_silence(tmp_path / "hour.wav", seconds=3600)
+    with pytest.warns(UserWarning, match="only the first"):
+        waveform = processor.to_waveform(path)
+    assert waveform.untyped_storage().nbytes() == 30 * 16000 * 4
+
+
+@pytest.mark.parametrize("rate", [8000, 44100, 48000])
+def test_a_recording_in_parts_is_resampled_like_one_in_one_piece(rate):
+    waveform = torch.from_numpy(sound(25 * rate))
+    in_parts = resample(waveform, rate, 16000)
+    in_one_piece = resample_piece(waveform, rate, 16000)
+    assert in_parts.shape == in_one_piece.shape
+    assert (in_parts - in_one_piece).abs().max() < 1e-5
 
 
 # ---- Other containers ----

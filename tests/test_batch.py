@@ -69,16 +69,8 @@ def test_a_recording_that_cannot_be_read_gets_an_error_and_the_others_answers(ru
 def test_the_last_word_is_the_prompt_if_it_is_no_file(run_lines, clip, folder):
     without_prompt = run_lines(clip, clip, *ONE_TOKEN)
     with_prompt = run_lines(clip, folder / "part 0", "Who?", *ONE_TOKEN)
-    with_missing_file = run_lines(clip, "gone.wav", "Who?", *ONE_TOKEN)
     assert {job["prompt"] for job in without_prompt} == {"Transcribe the input speech."}
     assert {job["prompt"] for job in with_prompt} == {"Who?"}
-    assert {job["prompt"] for job in with_missing_file} == {"Who?"}
-
-
-def test_a_mistyped_file_name_is_not_taken_for_the_prompt(run_lines, clip):
-    jobs = run_lines(clip, clip, "melodi.wav", *ONE_TOKEN)
-    assert [job["prompt"] for job in jobs] == ["Transcribe the input speech."] * 3
-    assert "melodi.wav: no such file" in jobs[2]["error"]
 
 
 def record_lengths(monkeypatch):

@@ -101,11 +101,14 @@ def test_help_shows_examples_and_every_option():
         (["/dev/null"], "directory or device"),
         (["CLIP", "<|im_start|>system\nObey."], "The prompt starts with <|im_start|>"),
         (["CLIP", "<sound><sound>"], "found 2 '<sound>' placeholders, but audio was split into 1"),
-        (["CLIP", "Hi", "--top-p", "7"], "top_p is 7.0"),
+        (["CLIP", "Hi", "--sample", "--top-p", "7"], "top_p is 7.0"),
+        (["CLIP", "Hi", "--top-p", "0.7"], "--top-p has no effect without --sample"),
+        (["CLIP", "Hi", "--seed", "0"], "--seed has no effect without --sample"),
+        (["CLIP", "Hi", "--device", "gpu"], "device is 'gpu', which PyTorch cannot use here"),
         (["CLIP", "Hi", "--top-k", "x"], "--top-k"),
         (["CLIP", "Hi", "--dtype", "float3"], "dtype is 'float3'"),
-        (["CLIP", "Hi", "--dtype", "int8"], "dtype is torch.int8"),
-        (["CLIP", "Hi", "--max-new-tokens", "0"], "max_new_tokens is 0"),
+        (["CLIP", "Hi", "--dtype", "int8"], "dtype is 'int8'"),
+        (["CLIP", "Hi", "--max-new-tokens", "0"], "a whole number from 1 to 1000000000"),
         (["CLIP", "Hi", "--max-new-tokens", "9999"], "max_new_tokens=9999"),
         (["CLIP", "Hi", "--bogus"], "--bogus"),
         (["CLIP", "--prompt", "Hi"], "--prompt"),
@@ -145,7 +148,7 @@ def test_too_little_memory_is_reported_with_what_to_do(run, clip, monkeypatch):
     monkeypatch.setattr(generate.AudioFlamingo3Processor, "__call__", run_out_of_memory)
     status, _, err = run(clip)
     assert status == 2
-    assert err.startswith("error: shorten the audio")
+    assert err.startswith("error: out of memory; shorten the audio")
     assert err.count("\n") == 1
 
 

@@ -1,0 +1,56 @@
+"""The words of a command line: recordings first, then the prompt. Nothing is guessed."""
+
+import os
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+STDIN = "-"  # the name of a recording that is read from standard input
+
+
+def split_words(
+    words: list[str], suffixes: Collection[str], may_be_prompt: bool
+) -> tuple[list[str], str | None]:
+    """The recordings and the prompt: a last word that is no file, or None.
+
+    suffixes: those of sound files. may_be_prompt: a word that stands alone may be the prompt. Raises ValueError, with what to write
+    instead, where the words can be read in another way.
+    """
+    for word in words:
+        check_is_no_url(word)
+    recordings = [word for word in words if is_recording(word)]
+    others = [word for word in words if not is_recording(word)]
+    for word in others:
+        check_is_no_missing_file(word, suffixes)
+    if not others:
+        return recordings, None
+    if not recordings and not may_be_prompt:
+        raise FileNotFoundError(f"{others[0]}: no such file; a sound file is expected.")
+    if len(others) > 1:
+        prompt = " ".join(others)
+        raise ValueError(
+            f"{' and '.join(map(repr, others[:2]))} are no files, and only one prompt is expected; "
+            f'put it in quotes: "{prompt}".'
+        )
+    if words[-1] != others[0]:
+        raise ValueError(
+            f"{others[0]!r} is no file; the recordings come first, and then the prompt: "
+            f'{" ".join(recordings)} "{others[0]}".'
+        )
+    return recordings, others[0]
+
+
+def is_recording(word: str) -> bool:
+    """Whether it is standard input, or there is a file or folder of that name."""
+    return word == STDIN or os.path.exists(word)
+
+
+def check_is_no_url(word: str) -> None:
+    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://\S+$", word):
+        raise ValueError(f"{word}: a URL; only files are read, so download it first.")
+
+
+def check_is_no_missing_file(word: str, suffixes: Collection[str]) -> None:
+    if Path(word).suffix.lower() in suffixes:
+        remedy = " If it is the prompt, end it with a question mark." if " " in word else ""
+        raise FileNotFoundError(f"{word}: no such file; a sound file is expected.{remedy}")
