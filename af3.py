@@ -484,14 +484,19 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path, device_map: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
+        cls,
+        path,
+        device_map: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        torch_dtype: str | torch.dtype | None = None,
     ) -> "AudioFlamingo3ForConditionalGeneration":
         """The model of a checkpoint directory in either layout, or of a hub name; for inference.
 
         device_map: "auto" is CUDA, else MPS, else the CPU. dtype: "auto" is the checkpoint's own,
-        else a torch.dtype or its name. Raises FileNotFoundError or ValueError, naming file, field
-        or tensor; nothing half-loaded is returned.
+        else a torch.dtype or its name; torch_dtype is its older name. Raises FileNotFoundError or
+        ValueError, naming file, field or tensor; nothing half-loaded is returned.
         """
+        dtype = torch_dtype or dtype
         import load_weights
 
         folder = load_weights.find_checkpoint(path)
@@ -595,14 +600,19 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
         input_features=None,
         feature_attention_mask=None,
         labels=None,
+        input_features_mask=None,
     ):
         """`.logits` (B, T, V) and, with labels (B, T), `.loss`; else the loss is None.
 
         input_ids, attention_mask: (B, T), padded left or right. input_features (W, mel bins, mel
         frames), feature_attention_mask (W, mel frames): the windows of all rows, in order.
+        transformers calls the last one input_features_mask; either name will do.
         The loss is the mean cross-entropy of next tokens whose label is not -100, in float32.
         """
         attention_mask = check_attention_mask(attention_mask, input_ids)
+        feature_attention_mask = check_feature_mask(
+            input_features, feature_attention_mask, input_features_mask
+        )
         x = self.prefill(input_ids, attention_mask, input_features, feature_attention_mask)
         logits = self.language_model.lm_head(x)
         loss = None
@@ -622,6 +632,7 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
         feature_attention_mask=None,
         cache=None,
         past_ids=None,
+        input_features_mask=None,
         **options,
     ) -> Iterator[Tensor]:
         """The new ids (B,) of each step, as soon as they are known.
@@ -629,9 +640,13 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
         Options are the fields of `GenerationConfig`; those not given are the checkpoint's.
         A conversation goes on with its `cache` and `past_ids` (B, P), the ids that are in it.
         """
+        check_option_names(options)
         options = {name: value for name, value in options.items() if value is not None}
         options = replace(self.generation_config, **options)
         attention_mask = check_attention_mask(attention_mask, input_ids)
+        feature_attention_mask = check_feature_mask(
+            input_features, feature_attention_mask, input_features_mask
+        )
         rows, tokens = input_ids.shape
         if cache is None:
             limit = self.config.text_config.max_position_embeddings
@@ -734,6 +749,22 @@ def check_attention_mask(attention_mask: Tensor | None, input_ids: Tensor) -> Te
     if attention_mask.shape != input_ids.shape or not bool(attention_mask.any(dim=1).all()):
         raise ValueError("attention_mask must have the shape of input_ids, and a 1 in every row.")
     return attention_mask
+
+
+def check_feature_mask(input_features, mask: Tensor | None, mask_by_other_name: Tensor | None):
+    """The mask of the features, under whichever of its two names it was given."""
+    if mask is None:
+        mask = mask_by_other_name
+    if (input_features is None) != (mask is None):
+        raise ValueError("input_features and feature_attention_mask are expected together.")
+    return mask
+
+
+def check_option_names(options: dict) -> None:
+    names = [option.name for option in fields(GenerationConfig)]
+    for name in options:
+        if name not in names:
+            raise ValueError(f"generate() has no option {name!r}; it has {', '.join(names)}.")
 
 
 def check_length(tokens: int, max_new_tokens: int, limit: int) -> None:

@@ -212,7 +212,12 @@ TRANSCRIPTION_PREFIX = re.compile(
 
 
 class Batch(dict):
-    """The model's tensors by name."""
+    """The model's tensors by name; `batch.input_ids` is `batch["input_ids"]`."""
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name not in self:
+            raise AttributeError(name)
+        return self[name]
 
     def to(self, device=None, dtype: torch.dtype | None = None) -> "Batch":
         """The tensors on `device`; `dtype` is for floats only, ids and masks stay integers."""
@@ -277,6 +282,7 @@ class AudioFlamingo3Processor:
         padding_side: str = "left",
         tensor_type: str = "pt",
         output_labels: bool = False,
+        **always_so,
     ) -> Batch:
         """The tensors of one or more prompts, each a user turn that waits for its answer.
 
@@ -296,6 +302,7 @@ class AudioFlamingo3Processor:
         else:
             audios = list(audio)
         check_options(sampling_rate, padding_side, tensor_type)
+        check_always_so(always_so)
         check_counts(texts, audios)
         prompts = []
         for number, (prompt, recording) in enumerate(zip(texts, audios)):
@@ -321,6 +328,7 @@ class AudioFlamingo3Processor:
         padding_side: str = "left",
         tensor_type: str = "pt",
         output_labels: bool = False,
+        **always_so,
     ):
         """The tensors of one conversation or of a list of them; for shapes see `__call__`.
 
@@ -330,6 +338,7 @@ class AudioFlamingo3Processor:
         tokenize=False loads no audio: the template's text, with one <sound> for each recording.
         """
         check_options(sampling_rate or SAMPLE_RATE, padding_side, tensor_type)
+        check_always_so(always_so)
         single = bool(conversations) and isinstance(conversations[0], dict)
         if single:
             conversations = [conversations]
@@ -551,6 +560,13 @@ def check_options(sampling_rate: int, padding_side: str, tensor_type: str) -> No
         raise ValueError(f"padding_side is {padding_side!r}; 'left' or 'right' is expected.")
     if tensor_type != "pt":  # the published examples pass it
         raise ValueError(f"tensor_type is {tensor_type!r}; only 'pt' is supported.")
+
+
+def check_always_so(options: dict) -> None:
+    """Takes options that code for transformers passes, if they say what is so here anyway."""
+    for name, value in options.items():
+        if (name, value) not in (("return_tensors", "pt"), ("padding", True)):
+            raise ValueError(f"The processor has no option {name}={value!r}.")
 
 
 def check_counts(texts: list, audios: list) -> None:

@@ -554,6 +554,32 @@ def test_the_published_processor_example_runs(micro, processor, dtype):
     assert "ambience" not in answers[1]
 
 
+def test_features_may_have_their_mask_under_the_name_of_transformers(model, processor):
+    batch = processor("Hi", sound(4000))
+    expected = new_ids(model, batch, max_new_tokens=4)
+    logits = model(**batch).logits
+    batch["input_features_mask"] = batch.pop("feature_attention_mask")
+    assert torch.equal(new_ids(model, batch, max_new_tokens=4), expected)
+    assert torch.equal(model(**batch).logits, logits)
+
+
+def test_features_without_their_mask_are_refused(model, processor):
+    batch = processor("Hi", sound(4000))
+    del batch["feature_attention_mask"]
+    with pytest.raises(ValueError, match="input_features and feature_attention_mask are expected"):
+        model(**batch)
+
+
+def test_an_unknown_option_is_refused_with_the_known_ones(model, processor):
+    message = r"generate\(\) has no option 'num_beams'; it has max_new_tokens, do_sample"
+    with pytest.raises(ValueError, match=message):
+        model.generate(**processor("Hi"), num_beams=4)
+
+
+def test_torch_dtype_is_another_name_for_dtype(micro):
+    assert from_pretrained(micro, "cpu", torch_dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
 def test_a_decoder_of_other_head_counts_is_built_from_its_configuration():
     text_config = Qwen2Config(
         vocab_size=9,

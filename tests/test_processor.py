@@ -375,6 +375,22 @@ def test_to_casts_only_floats(processor):
     }
 
 
+def test_the_tensors_of_a_batch_are_attributes_too(processor):
+    batch = processor("Hi", sound(1600))
+    assert batch.input_ids is batch["input_ids"]
+    assert not hasattr(batch, "labels")
+
+
+def test_options_that_say_what_is_so_anyway_are_accepted_and_others_refused(processor):
+    expected = processor("Hi")["input_ids"]
+    batch = processor("Hi", return_tensors="pt", padding=True)
+    assert torch.equal(batch["input_ids"], expected)
+    with pytest.raises(ValueError, match="no option return_tensors='np'"):
+        processor("Hi", return_tensors="np")
+    with pytest.raises(ValueError, match="no option truncation=True"):
+        processor.apply_chat_template([{"role": "user", "content": "Hi"}], truncation=True)
+
+
 # ---- Conversations ----
 
 
