@@ -29,8 +29,8 @@ from af3 import (
     choose_device,
     choose_dtype,
 )
-from plumbing.audio_file import AUDIO_SUFFIXES
-from plumbing.words import split_words
+from plumbing.audio_file import AUDIO_SUFFIXES, stdin_as_file
+from plumbing.words import STDIN, split_words
 from processor import AudioFlamingo3Processor, Batch, check_plain_prompt, plural
 
 TINY = Path(__file__).resolve().parent / "tiny"
@@ -43,7 +43,9 @@ think and reason about the input audio before you respond."""
 TOP_P_HELP = "with --sample: draw from the fewest tokens that hold P of the probability"
 PENALTY_HELP = "above 1: tokens in the prompt and in the answer so far become less likely"
 EXPLAIN_HELP = "show the way through the model as a table and a picture, then the answer"
-PROMPTS_HELP = 'read JSON lines with "audio", "prompt" and any other fields, which are kept'
+PROMPTS_HELP = """read JSON lines, or an array, with "audio", "prompt", "choices" if there are some, and
+any other fields, which are kept; - is standard input"""
+FIELDS_HELP = "other names of two fields: audio=NAME,prompt=NAME"
 
 
 SHORTER_HINT = "shorten the audio or lower --max-new-tokens"  # where memory runs out
@@ -77,6 +79,7 @@ def make_parser() -> argparse.ArgumentParser:
     mode.add_argument("--chat", action="store_true", help="hold a conversation in the terminal")
     mode.add_argument("--explain", action="store_true", help=EXPLAIN_HELP)
     mode.add_argument("--prompts", metavar="FILE", help=PROMPTS_HELP)
+    add("--fields", metavar="MAP", help=FIELDS_HELP)
     add("--batch-size", type=int, metavar="N", help="answer N recordings at a time (default: 8)")
     add("--resume", metavar="FILE", help="leave out what an earlier run, `>> FILE`, has answered")
     return parser
@@ -90,21 +93,20 @@ def refuse(message: str) -> None:
 def main() -> int:
     """The exit status: 0, or 2 for bad input or too little memory, with one line `error: ...`.
 
-    Ctrl-C leaves with 130 and keeps what has been printed.
+    1 if some of many recordings have no answer. Ctrl-C leaves with 130 and keeps what has been printed.
     """
     terminal.prepare_streams()
     try:
-        run(make_parser().parse_intermixed_args())
+        return run(make_parser().parse_intermixed_args())
     except BrokenPipeError:  # the reader has enough, as in `| head -1`
         return 0
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         terminal.print_error(error)
         return 2
-    return 0
 
 
-def run(args: argparse.Namespace) -> None:
-    """Does what the command line asks for."""
+def run(args: argparse.Namespace) -> int:
+    """Does what the command line asks for; the exit status."""
     may_be_prompt = bool(args.prompts or args.chat)
     recordings, prompt = split_words(args.words, AUDIO_SUFFIXES, may_be_prompt)
     if not (recordings or args.chat or args.prompts):
@@ -114,6 +116,18 @@ def run(args: argparse.Namespace) -> None:
     if prompt is not None:
         check_plain_prompt(prompt)
     options = generation_options(args)
+    if STDIN not in recordings:
+        return answer(args, recordings, prompt, options)
+    if len(recordings) > 1 or args.chat or args.prompts:
+        raise ValueError(
+            "-, a recording on standard input, is answered only if it is the only one."
+        )
+    with stdin_as_file() as path:
+        return answer(args, [path], prompt, options)
+
+
+def answer(args: argparse.Namespace, recordings: list, prompt: str | None, options: dict) -> int:
+    """Answers in the way that the options ask for; the exit status."""
     if args.chat:
         from extras.chat import TerminalChat
 
@@ -129,9 +143,10 @@ def run(args: argparse.Namespace) -> None:
         processor = AudioFlamingo3Processor.from_pretrained(args.model)
         explain(processor, load_model(args), recordings[0], prompt, options)
     elif wants_json_lines(args, recordings):
-        answer_many(args, recordings, prompt, options)
+        return answer_many(args, recordings, prompt, options)
     else:
         answer_one(args, recordings[0], prompt, options)
+    return 0
 
 
 def wants_json_lines(args: argparse.Namespace, recordings: list[str]) -> bool:
@@ -166,7 +181,19 @@ def load_model(args: argparse.Namespace) -> AudioFlamingo3ForConditionalGenerati
     """The model, with the adapter merged and the decoder quantised where that was asked for."""
     hint = "use a smaller --dtype" if args.int8 else "use --int8, or a smaller --dtype"
     with terminal.memory_hint(hint):
-        return load_changed_model(args)
+        model = load_changed_model(args)
+    use_one_thread_if_small(model)
+    return model
+
+
+def use_one_thread_if_small(model: AudioFlamingo3ForConditionalGeneration) -> None:
+    """Threads of a small model mostly wait for each other, and on a busy machine much longer.
+
+    An answer of tiny/ takes as long on one thread as on two, but with two busy neighbours a third.
+    """
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    if num_parameters < 20_000_000 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
 
 
 def load_changed_model(args: argparse.Namespace) -> AudioFlamingo3ForConditionalGeneration:
@@ -212,8 +239,8 @@ def describe_audio(inputs: Batch, audio_token_id: int) -> str:
     return f"heard {seconds:.1f} s: {windows}, {plural(audio_frames, 'audio frame')}"
 
 
-def answer_many(args: argparse.Namespace, recordings: list, prompt: str, options: dict) -> None:
-    """Prints a JSON line for each recording; `extras/batch.py` says more."""
+def answer_many(args: argparse.Namespace, recordings: list, prompt: str, options: dict) -> int:
+    """Prints a JSON line for each recording; `extras/batch.py` says more. The exit status."""
     from extras import batch
 
     terminal.exit_on_interrupt(end_line=False)  # only whole lines have been printed
@@ -221,7 +248,8 @@ def answer_many(args: argparse.Namespace, recordings: list, prompt: str, options
     if batch_size < 1:
         raise ValueError(f"--batch-size is {batch_size}; at least 1 is expected.")
     processor = AudioFlamingo3Processor.from_pretrained(args.model)
-    all_jobs = batch.read_jobs(args.prompts, recordings, prompt)
+    fields = parse_fields(args.fields)
+    all_jobs = batch.read_jobs(args.prompts, recordings, prompt, fields)
     jobs = all_jobs
     if args.resume and os.path.exists(args.resume):
         jobs = batch.leave_out_answered(all_jobs, args.resume)
@@ -230,12 +258,25 @@ def answer_many(args: argparse.Namespace, recordings: list, prompt: str, options
     progress = terminal.Progress(len(jobs), args.quiet)
     for job in batch.answer_jobs(jobs, processor, model, batch_size, progress, **options):
         print(batch.as_json_line(job), flush=True)
+    answered = sum("response" in job for job in jobs)
     if not args.quiet:
-        answered = sum("answer" in job for job in jobs)
         before = len(all_jobs) - len(jobs)
         earlier = f" (and {before} before)" if before else ""
         seconds = progress.seconds()
         print(f"answered {answered} of {len(jobs)}{earlier} in {seconds:.1f} s", file=sys.stderr)
+    return 0 if answered == len(jobs) else 1
+
+
+def parse_fields(text: str | None) -> dict[str, str]:
+    """{"audio": ..., "prompt": ...} of "audio=NAME,prompt=NAME", either of which may be absent."""
+    names = {}
+    for pair in (text or "").split(","):
+        own, _, name = pair.partition("=")
+        if pair and (own not in ("audio", "prompt") or not name):
+            refuse(f"--fields is {text!r}; audio=NAME,prompt=NAME is expected")
+        if pair:
+            names[own] = name
+    return names
 
 
 if __name__ == "__main__":

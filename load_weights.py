@@ -13,6 +13,7 @@ The same model is published in two layouts:
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -228,7 +229,20 @@ def find_shards(folder: Path) -> list[Path]:
         return [folder / "model.safetensors"]
     weight_map = read_json(index).get("weight_map")
     check_weight_map(weight_map, index)
-    return [folder / name for name in sorted(set(weight_map.values()))]
+    shards = [folder / name for name in sorted(set(weight_map.values()))]
+    warn_about_newer_file(folder / "model.safetensors", shards)
+    return shards
+
+
+def warn_about_newer_file(single: Path, shards: list[Path]) -> None:
+    """Somebody may have saved trained weights beside the shards, which are what is read."""
+    existing = [shard.stat().st_mtime for shard in shards if shard.exists()]
+    if single not in shards and single.exists() and existing:
+        if single.stat().st_mtime > max(existing):
+            warnings.warn(
+                f"{single} is newer than {shards[0].name} and the other shards, which are read; "
+                "remove what you do not want."
+            )
 
 
 def model_name(name: str) -> str:

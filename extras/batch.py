@@ -1,7 +1,7 @@
-"""Many recordings: jobs from files, folders and JSON lines, answered in batches of like length.
+"""Many recordings: jobs from files, folders and JSON, answered in batches of like length.
 
-A job is a dictionary with "audio" (a file) and "prompt"; other fields are kept. Its outcome is an
-"answer" or an "error".
+A job is what was asked: a dictionary with "audio" (a file, or a list of files), "prompt" and any
+other fields, which are kept. Its outcome is a "response" or an "error".
 
     jobs = read_jobs(None, ["recordings/"], "What sound is this?")
     for job in answer_jobs(jobs, processor, model, batch_size=16):
@@ -23,26 +23,113 @@ from af3 import AudioFlamingo3ForConditionalGeneration
 from load_weights import check_is_file
 from plumbing.audio_file import AUDIO_SUFFIXES
 from plumbing.terminal import Progress, one_line
-from processor import AudioFlamingo3Processor, check_plain_prompt
+from processor import AudioFlamingo3Processor, Batch, check_plain_prompt
 
-OUTCOMES = ("answer", "error")
+OUTCOMES = ("response", "error")
+OWN_FIELDS = {"audio": "audio", "prompt": "prompt"}  # what the fields of an entry are called
 
 # ---- Reading jobs ----
 
 
-def read_jobs(prompts_file: str | None, names: list[str], prompt: str) -> list[dict]:
-    """The lines of a file of JSON lines, if there is one, then each file, or file in a folder, of
-    `names`. `prompt` is for those that have none of their own."""
+class Job(dict):
+    """The fields of an entry, as they will be written, and what they mean."""
+
+    def __init__(self, entry: dict, recordings: list[str], prompt: str):
+        super().__init__(entry)
+        self.recordings = recordings  # files
+        self.prompt = prompt
+
+    def is_done(self) -> bool:
+        return any(outcome in self for outcome in OUTCOMES)
+
+
+def read_jobs(
+    prompts_file: str | None, names: list[str], prompt: str, fields: dict[str, str] | None = None
+) -> list[Job]:
+    """The entries of a JSON file, if there is one, then each file, or file in a folder, of `names`.
+
+    `prompt` is for those that have none of their own. `fields` are the names under which entries
+    have "audio" and "prompt".
+    """
     jobs = []
     if prompts_file:
-        for number, entry in enumerate(read_json_lines(prompts_file), start=1):
-            job = {"prompt": prompt} | entry
-            check_job(job, number, prompts_file)
-            jobs.append(job)
+        entries = read_entries(prompts_file)
+        for number, entry in enumerate(entries, start=1):
+            place = f"{prompts_file}: entry {number}"
+            jobs.append(new_job(entry, prompt, OWN_FIELDS | (fields or {}), place, prompts_file))
+    seen = set()
     for name in names:
         for file in files_in(name):
-            jobs.append({"audio": file, "prompt": prompt})
+            if os.path.isdir(name) and os.path.realpath(file) in seen:
+                continue  # a folder does not bring a file again
+            seen.add(os.path.realpath(file))
+            jobs.append(Job({"audio": file, "prompt": prompt}, [file], prompt))
     return jobs
+
+
+def read_entries(path: str) -> list:
+    """What a JSON array holds, or each line of JSON lines; "-" is standard input."""
+    if path == "-":
+        text = sys.stdin.read()
+    else:
+        check_is_file(Path(path))
+        text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
+    if text.lstrip().startswith("["):
+        with suppress(ValueError, RecursionError):
+            return json.loads(text)
+    entries = [parse_line(line) for line in text.split("\n") if line.strip()]
+    if not entries:
+        raise ValueError(f"{path}: no entries inside.")
+    return entries
+
+
+def parse_line(line: str):
+    """The value of a line of JSON, or None."""
+    with suppress(ValueError, RecursionError):
+        return json.loads(line)
+    return None
+
+
+def new_job(entry, prompt: str, fields: dict[str, str], place: str, prompts_file: str) -> Job:
+    """A job of an entry. Raises ValueError, with the entry's number, for what is wrong with it."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{place}: a JSON object is expected.")
+    audio_field = fields["audio"]
+    prompt_field = fields["prompt"]
+    if audio_field not in entry:
+        raise ValueError(f'{place}: it has no "{audio_field}", the file of the recording.')
+    audio = entry[audio_field]
+    recordings = audio if isinstance(audio, list) else [audio]
+    if not recordings or not all(isinstance(name, str) and name for name in recordings):
+        raise ValueError(f'{place}: "{audio_field}" is {audio!r}; a file, or a list, is expected.')
+    entry = {**entry}
+    entry.setdefault(prompt_field, prompt)
+    if not isinstance(entry[prompt_field], str):
+        raise ValueError(f'{place}: "{prompt_field}" is {entry[prompt_field]!r}; text is expected.')
+    for outcome in OUTCOMES:
+        if outcome in entry:
+            raise ValueError(f'{place}: it has "{outcome}", the name of what is written.')
+    choices = entry.get("choices", [])
+    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+        raise ValueError(f'{place}: "choices" is {choices!r}; a list of texts is expected.')
+    recordings = [find_beside(name, prompts_file) for name in recordings]
+    return Job(entry, recordings, with_choices(entry[prompt_field], choices))
+
+
+def find_beside(name: str, prompts_file: str) -> str:
+    """A file beside the JSON file, if it is there; else from the current directory."""
+    if prompts_file == "-":
+        return name
+    beside = Path(prompts_file).parent / name
+    return str(beside) if beside.exists() else name
+
+
+def with_choices(prompt: str, choices: list[str]) -> str:
+    """The prompt and a line "(A) ..." for each choice."""
+    lines = [prompt]
+    for number, choice in enumerate(choices):
+        lines.append(f"({chr(ord('A') + number)}) {choice}")
+    return "\n".join(lines)
 
 
 def files_in(name: str) -> list[str]:
@@ -50,84 +137,81 @@ def files_in(name: str) -> list[str]:
     if not os.path.isdir(name):
         return [name]
     files = []
-    for path in Path(name).rglob("[!.]*"):
-        if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file():
+    for path in Path(name).rglob("*"):
+        hidden = any(part.startswith(".") for part in path.relative_to(name).parts)
+        if not hidden and path.suffix.lower() in AUDIO_SUFFIXES and path.is_file():
             files.append(str(path))
     if not files:
         raise ValueError(f"{name}: no sound files inside.")
     return sorted(files)
 
 
-def read_json_lines(path: str) -> list[dict]:
-    """The object in each line; {} for a line that has none, because it was cut off for example."""
-    check_is_file(Path(path))
-    text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
-    objects = []
-    for line in text.split("\n"):
-        if not line.strip():
-            continue
-        content = None
-        with suppress(ValueError, RecursionError):
-            content = json.loads(line)
-        objects.append(content if isinstance(content, dict) else {})
-    return objects
-
-
-def check_job(job: dict, number: int, path: str) -> None:
-    good = isinstance(job.get("audio"), str) and isinstance(job["prompt"], str)
-    if not good or any(outcome in job for outcome in OUTCOMES):
-        raise ValueError(
-            f'{path}: entry {number} must be an object with "audio", a file, '
-            'and no "answer" or "error".'
-        )
-
-
 # ---- Answering ----
 
 
 def answer_jobs(
-    jobs: list[dict],
+    jobs: list[Job],
     processor: AudioFlamingo3Processor,
     model: AudioFlamingo3ForConditionalGeneration,
     batch_size: int = 8,
     progress: Progress | None = None,
     **options,
-) -> Iterator[dict]:
-    """The jobs with their "answer" or "error", in the order given; options are `generate`'s.
+) -> Iterator[Job]:
+    """The jobs with their "response" or "error", in the order given; options are `generate`'s.
 
     The recordings of a few batches are loaded at a time, and those of like length answered
-    together, so that little is padded. A job that fails does not stop the others.
+    together, so that little is padded. A job is yielded as soon as it and all before it are done.
+    A job that fails does not stop the others.
     """
     group_size = 4 * batch_size
+    done = 0
     for start in range(0, len(jobs), group_size):
         group = jobs[start : start + group_size]
         loaded = load_recordings(group, processor)
-        loaded.sort(key=lambda recording_and_job: len(recording_and_job[0]))
-        for first in range(0, len(loaded), batch_size):
-            answer_batch(loaded[first : first + batch_size], processor, model, options)
+        for batch in divide(loaded, batch_size):
+            answer_batch(batch, processor, model, options)
             if progress:
-                remaining = max(0, len(loaded) - first - batch_size)
-                progress.show(start + len(group) - remaining)
-        if progress:
-            progress.clear()
-        yield from group
+                progress.show(start + sum(job.is_done() for job in group))
+            while done < len(jobs) and jobs[done].is_done():
+                if progress:
+                    progress.clear()
+                yield jobs[done]
+                done += 1
+        yield from jobs[done : start + len(group)]
+        done = start + len(group)
 
 
-def load_recordings(
-    jobs: list[dict], processor: AudioFlamingo3Processor
-) -> list[tuple[Tensor, dict]]:
-    """Each job with its waveform; one whose file cannot be read gets its "error" instead."""
+Loaded = tuple[list[Tensor], Job]  # the waveforms of a job
+
+
+def divide(loaded: list[Loaded], batch_size: int) -> Iterator[list[Loaded]]:
+    """Batches of jobs of like length; a job of several recordings is a batch of its own."""
+    single = [pair for pair in loaded if len(pair[0]) == 1]
+    single.sort(key=lambda pair: len(pair[0][0]))
+    for first in range(0, len(single), batch_size):
+        yield single[first : first + batch_size]
+    for pair in loaded:
+        if len(pair[0]) > 1:
+            yield [pair]
+
+
+def load_recordings(jobs: list[Job], processor: AudioFlamingo3Processor) -> list[Loaded]:
+    """Each job with its waveforms; one whose file cannot be read gets its "error" instead."""
     loaded = []
     for job in jobs:
         try:
-            with warnings.catch_warnings(record=True) as caught:
-                waveform = processor.to_waveform(job["audio"])
-            loaded.append((waveform, job))
-            for warning in caught:
-                warn_about(job["audio"], str(warning.message))
+            loaded.append(([load_one(file, processor) for file in job.recordings], job))
         except (ValueError, OSError, RuntimeError, MemoryError) as error:
             job["error"] = one_line(error)
     return loaded
+
+
+def load_one(file: str, processor: AudioFlamingo3Processor) -> Tensor:
+    with warnings.catch_warnings(record=True) as caught:
+        waveform = processor.to_waveform(file)
+    for warning in caught:
+        warn_about(file, str(warning.message))
+    return waveform
 
 
 def warn_about(file: str, message: str) -> None:
@@ -138,23 +222,19 @@ def warn_about(file: str, message: str) -> None:
 
 
 def answer_batch(
-    batch: list[tuple[Tensor, dict]],
+    batch: list[Loaded],
     processor: AudioFlamingo3Processor,
     model: AudioFlamingo3ForConditionalGeneration,
     options: dict,
 ) -> None:
     """Gives each job its outcome. Where a batch fails, each of its jobs is tried alone."""
     try:
-        prompts = []
-        for _, job in batch:
-            check_plain_prompt(job["prompt"])
-            prompts.append(job["prompt"])
-        inputs = processor(prompts, [waveform for waveform, _ in batch]).to(model.device)
+        inputs = make_inputs(batch, processor).to(model.device)
         ids = model.generate(**inputs, **options)
         new_ids = ids[:, inputs["input_ids"].shape[1] :]
-        answers = processor.batch_decode(new_ids, skip_special_tokens=True)
-        for (_, job), answer in zip(batch, answers):
-            job["answer"] = answer
+        responses = processor.batch_decode(new_ids, skip_special_tokens=True)
+        for (_, job), response in zip(batch, responses):
+            job["response"] = response
         return
     except (ValueError, MemoryError, RuntimeError) as error:
         reason = one_line(error)
@@ -162,8 +242,21 @@ def answer_batch(
     if len(batch) == 1:
         batch[0][1]["error"] = reason
         return
-    for waveform_and_job in batch:
-        answer_batch([waveform_and_job], processor, model, options)
+    for pair in batch:
+        answer_batch([pair], processor, model, options)
+
+
+def make_inputs(batch: list[Loaded], processor: AudioFlamingo3Processor) -> Batch:
+    for _, job in batch:
+        check_plain_prompt(job.prompt)
+    waveforms, job = batch[0]
+    if len(waveforms) == 1:
+        prompts = [job.prompt for _, job in batch]
+        return processor(prompts, [waveforms[0] for waveforms, _ in batch])
+    content = [{"type": "audio", "audio": waveform} for waveform in waveforms]
+    content.append({"type": "text", "text": job.prompt})
+    messages = [{"role": "user", "content": content}]
+    return processor.apply_chat_template([messages], add_generation_prompt=True)
 
 
 # ---- Writing answers, and going on after an interruption ----
@@ -176,15 +269,17 @@ def as_json_line(job: dict) -> str:
     return line.translate({code: f"\\u{code:04x}" for code in range(127, 160)})
 
 
-def leave_out_answered(jobs: list[dict], path: str) -> list[dict]:
-    """The jobs without an answer among the JSON lines in `path`.
+def leave_out_answered(jobs: list[Job], path: str) -> list[Job]:
+    """The jobs without a response among the JSON lines in `path`.
 
-    A job that is there twice needs two answers.
+    A job that is there twice needs two responses.
     """
+    check_is_file(Path(path))
     answered = Counter()
-    for line in read_json_lines(path):
-        if "answer" in line and isinstance(line.get("audio"), str):
-            answered[job_key(line)] += 1
+    for line in Path(path).read_text(encoding="utf-8-sig", errors="replace").split("\n"):
+        entry = parse_line(line)
+        if isinstance(entry, dict) and "response" in entry:
+            answered[job_key(entry)] += 1
     remaining = []
     for job in jobs:
         key = job_key(job)
@@ -195,10 +290,11 @@ def leave_out_answered(jobs: list[dict], path: str) -> list[dict]:
     return remaining
 
 
-def job_key(job: dict) -> str:
-    """A job without its outcome, to recognise it by."""
-    asked = {name: value for name, value in job.items() if name not in OUTCOMES}
-    asked["audio"] = os.path.normpath(job["audio"])
+def job_key(entry: dict) -> str:
+    """An entry without its outcome, to recognise it by."""
+    asked = {name: value for name, value in entry.items() if name not in OUTCOMES}
+    if isinstance(asked.get("audio"), str):
+        asked["audio"] = os.path.normpath(asked["audio"])
     return json.dumps(asked, sort_keys=True)
 
 

@@ -4,12 +4,16 @@ WAV files are read here. Other containers, and rarer kinds of WAV, go through th
 """
 
 import math
+import os
 import re
+import shutil
 import struct
 import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
@@ -63,6 +67,18 @@ def check_is_audio_file(path: Path) -> None:
     if path.exists():
         raise ValueError(f"{path}: a directory or device; a sound file is expected.")
     raise FileNotFoundError(f"{path}: no such file; a sound file is expected.")
+
+
+@contextmanager
+def stdin_as_file() -> Iterator[str]:
+    """The name of a temporary file with what standard input holds; ffmpeg must move about in it."""
+    if sys.stdin is None:
+        raise ValueError("Standard input is closed; a recording is expected there.")
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "standard input")
+        with open(path, "wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file)
+        yield path
 
 
 # ---- WAV ----

@@ -1,14 +1,17 @@
 """Many recordings: a JSON line for each, in the order asked, each answered as if it were alone."""
 
+import io
 import json
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import generate
 from af3 import AudioFlamingo3ForConditionalGeneration
+from extras.batch import answer_jobs, read_jobs
 from processor import AudioFlamingo3Processor
 from programs import PROGRAM, Terminal, start_generate
 from signals import sound, write_wav
@@ -35,12 +38,14 @@ def parse_lines(text):
 
 @pytest.fixture
 def run_lines(run):
-    """Runs the command line; the objects that it prints as JSON lines."""
+    """Runs the command line; the objects that it prints as JSON lines. The status is 1 if any of
+    them is an error."""
 
     def call(*arguments):
         status, out, _ = run(*arguments)
-        assert status == 0
-        return parse_lines(out)
+        jobs = parse_lines(out)
+        assert status == int(any("error" in job for job in jobs))
+        return jobs
 
     return call
 
@@ -55,7 +60,7 @@ def test_a_folder_is_answered_in_order_and_each_recording_as_if_alone(run, run_l
     for job in jobs:
         if not job["audio"].endswith("broken.WAV"):
             _, alone, _ = run(job["audio"], "Hi", "--max-new-tokens", 4, "--quiet")
-            assert job["answer"] + "\n" == alone
+            assert job["response"] + "\n" == alone
 
 
 def test_a_recording_that_cannot_be_read_gets_an_error_and_the_others_answers(run, folder):
@@ -71,6 +76,28 @@ def test_the_last_word_is_the_prompt_if_it_is_no_file(run_lines, clip, folder):
     with_prompt = run_lines(clip, folder / "part 0", "Who?", *ONE_TOKEN)
     assert {job["prompt"] for job in without_prompt} == {"Transcribe the input speech."}
     assert {job["prompt"] for job in with_prompt} == {"Who?"}
+
+
+def test_hidden_folders_are_skipped_and_a_file_is_taken_once(run_lines, clip, tmp_path):
+    folder = tmp_path / "folder"
+    (folder / ".hidden").mkdir(parents=True)
+    write_wav(folder / ".hidden" / "a.wav", sound(8000))
+    write_wav(folder / "b.wav", sound(8000))
+    jobs = run_lines(folder, folder / "b.wav", folder, "Hi", *ONE_TOKEN)
+    assert [Path(job["audio"]).name for job in jobs] == ["b.wav", "b.wav"]
+
+
+def test_a_job_is_yielded_as_soon_as_those_before_it_are_done(processor, model, tmp_path):
+    names = []
+    for number, seconds in enumerate((1, 3, 2, 4)):
+        names.append(str(write_wav(tmp_path / f"{number}.wav", sound(seconds * 16000))))
+    jobs = read_jobs(None, names, "Hi")
+    done = []
+    for _ in answer_jobs(jobs, processor, model, batch_size=1, max_new_tokens=1):
+        done.append([job.is_done() for job in jobs])
+    # In the order of their lengths: 0, 2, 1, 3.
+    assert done[0] == [True, False, False, False]
+    assert done[1] == [True, True, True, False]
 
 
 def record_lengths(monkeypatch):
@@ -102,7 +129,7 @@ def test_a_batch_that_does_not_fit_in_memory_is_answered_one_by_one(run_lines, f
 
     monkeypatch.setattr(AudioFlamingo3ForConditionalGeneration, "generate", run_out_of_memory)
     jobs = run_lines(folder, "Hi", *ONE_TOKEN)
-    assert sum("answer" in job for job in jobs) == 5
+    assert sum("response" in job for job in jobs) == 5
 
 
 def test_a_recording_too_large_for_memory_is_an_error_of_its_own(run_lines, folder, monkeypatch):
@@ -117,7 +144,7 @@ def test_a_recording_too_large_for_memory_is_an_error_of_its_own(run_lines, fold
     jobs = run_lines(folder, "Hi", *ONE_TOKEN)
     errors = {Path(job["audio"]).name: job["error"] for job in jobs if "error" in job}
     assert errors["3.wav"] == "Unable to allocate 11.2 GiB"
-    assert sum("answer" in job for job in jobs) == 4
+    assert sum("response" in job for job in jobs) == 4
 
 
 def test_a_warning_names_its_recording(run, clip, tmp_path):
@@ -134,7 +161,7 @@ def test_control_characters_in_an_answer_are_escaped(run, clip, monkeypatch):
     monkeypatch.setattr(AudioFlamingo3Processor, "batch_decode", steering_texts)
     _, out, _ = run(clip, clip, "Hi", *ONE_TOKEN)
     assert "\\u001b[2J\\u009b\\u007fü" in out
-    assert parse_lines(out)[0]["answer"] == "\x1b[2J\x9b\x7fü"
+    assert parse_lines(out)[0]["response"] == "\x1b[2J\x9b\x7fü"
 
 
 # ---- JSON lines of prompts ----
@@ -154,32 +181,92 @@ def test_fields_of_a_prompt_are_kept(run_lines, clip, tmp_path):
     ]
     prompts = write_lines(tmp_path / "in.jsonl", entries)
     jobs = run_lines("--prompts", prompts, "Else", *ONE_TOKEN)
-    assert ["answer" in job for job in jobs] == [True, True, False, False]
+    assert ["response" in job for job in jobs] == [True, True, False, False]
     assert "gone.wav" in jobs[2]["error"]
     assert "2 '<sound>'" in jobs[3]["error"]
     for entry, job in zip(entries, jobs):
         entry.setdefault("prompt", "Else")
-        asked = {name: job[name] for name in job if name not in ("answer", "error")}
+        asked = {name: job[name] for name in job if name not in ("response", "error")}
         assert asked == entry
 
 
+def test_a_gold_answer_passes_through_and_fields_keep_their_order(run_lines, clip, tmp_path):
+    entry = {"id": 1, "prompt": "Hi", "answer": "gold", "audio": clip, "task": "x"}
+    prompts = write_lines(tmp_path / "in.jsonl", [entry])
+    (job,) = run_lines("--prompts", prompts, *ONE_TOKEN)
+    assert list(job) == ["id", "prompt", "answer", "audio", "task", "response"]
+    assert job["answer"] == "gold"
+
+
+def test_fields_may_have_other_names(run_lines, clip, tmp_path):
+    entry = {"audio_id": clip, "question": "Hi"}
+    prompts = write_lines(tmp_path / "in.jsonl", [entry])
+    fields = "audio=audio_id,prompt=question"
+    (job,) = run_lines("--prompts", prompts, "--fields", fields, *ONE_TOKEN)
+    (expected,) = run_lines(clip, "Hi", *ONE_TOKEN, "--batch-size", 1)
+    assert list(job) == ["audio_id", "question", "response"]
+    assert job["response"] == expected["response"]
+
+
+def test_an_array_is_read_like_lines(run_lines, clip, tmp_path):
+    entries = [{"audio": clip, "prompt": "Hi"}, {"audio": clip, "prompt": "Who?"}]
+    prompts = tmp_path / "in.json"
+    prompts.write_text(json.dumps(entries, indent=1))
+    jobs = run_lines("--prompts", prompts, *ONE_TOKEN)
+    assert [job["prompt"] for job in jobs] == ["Hi", "Who?"]
+
+
+def test_entries_are_read_from_standard_input(run_lines, clip, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps({"audio": clip}) + "\n"))
+    assert len(run_lines("--prompts", "-", *ONE_TOKEN)) == 1
+
+
+def test_a_file_is_looked_up_beside_the_entries_first(run_lines, clip, tmp_path, monkeypatch):
+    prompts = write_lines(tmp_path / "in.jsonl", [{"audio": Path(clip).name}])
+    monkeypatch.chdir("/")
+    (job,) = run_lines("--prompts", prompts, *ONE_TOKEN)
+    assert job["audio"] == "clip.wav"
+    assert "response" in job
+
+
+def test_an_entry_may_have_several_recordings(run_lines, clip, tmp_path, model, processor):
+    prompts = write_lines(tmp_path / "in.jsonl", [{"audio": [clip, clip], "prompt": "Alike?"}])
+    (job,) = run_lines("--prompts", prompts, "--max-new-tokens", 5)
+    content = [{"type": "audio", "path": clip}] * 2 + [{"type": "text", "text": "Alike?"}]
+    chat = [{"role": "user", "content": content}]
+    inputs = processor.apply_chat_template(chat, add_generation_prompt=True)
+    ids = model.generate(**inputs, max_new_tokens=5)[:, -5:]
+    assert job["response"] == processor.batch_decode(ids, skip_special_tokens=True)[0]
+
+
+def test_choices_are_lines_of_the_prompt(run_lines, clip, tmp_path):
+    entry = {"audio": clip, "prompt": "Which?", "choices": ["rain", "wind"]}
+    (job,) = run_lines("--prompts", write_lines(tmp_path / "in.jsonl", [entry]), *ONE_TOKEN)
+    whole_prompt = "Which?\n(A) rain\n(B) wind"
+    (expected,) = run_lines(clip, whole_prompt, *ONE_TOKEN, "--batch-size", 1)
+    assert job["response"] == expected["response"]
+    assert job["prompt"] == "Which?"
+
+
 @pytest.mark.parametrize(
-    "line",
+    "line, reason",
     [
-        "no JSON",
-        "[]",
-        '{"prompt": "Hi"}',
-        '{"audio": 7}',
-        '{"audio": "a.wav", "prompt": 7}',
-        '{"audio": "a.wav", "answer": "mine"}',
+        ("no JSON", "a JSON object is expected"),
+        ("[]", "a JSON object is expected"),
+        ('{"prompt": "Hi"}', 'it has no "audio"'),
+        ('{"audio": 7}', '"audio" is 7'),
+        ('{"audio": []}', '"audio" is []'),
+        ('{"audio": "a.wav", "prompt": 7}', '"prompt" is 7'),
+        ('{"audio": "a.wav", "choices": "rain"}', "\"choices\" is 'rain'"),
+        ('{"audio": "a.wav", "response": "mine"}', 'it has "response"'),
     ],
 )
-def test_a_line_that_is_no_prompt_is_refused_before_any_work(run, tmp_path, line):
+def test_what_is_wrong_with_an_entry_is_said_before_any_work(run, tmp_path, line, reason):
     prompts = tmp_path / "in.jsonl"
     prompts.write_text('{"audio": "a.wav"}\n' + line)
     status, out, err = run("--prompts", prompts)
     assert (status, out) == (2, "")
-    assert "in.jsonl: entry 2" in err
+    assert f"in.jsonl: entry 2: {reason}" in err
     assert err.count("\n") == 1
 
 
@@ -193,6 +280,7 @@ def test_a_line_that_is_no_prompt_is_refused_before_any_work(run, tmp_path, line
         (["CLIP", "CLIP", "--max-new-tokens", 0], "max_new_tokens is 0"),
         (["--prompts", "gone.jsonl"], "gone.jsonl"),
         (["--prompts", "/dev/null"], "null: not a file"),
+        (["--prompts", "x.jsonl", "--fields", "sound=a"], "audio=NAME,prompt=NAME is expected"),
     ],
 )
 def test_bad_input_gets_one_line_and_exit_status_2(run, clip, tmp_path, arguments, reason):
@@ -226,7 +314,7 @@ def test_resume_answers_another_prompt_about_the_same_recordings(run_lines, fold
 
 def test_resume_reads_a_file_that_ends_within_a_character(run_lines, clip, tmp_path):
     earlier = tmp_path / "out.jsonl"
-    earlier.write_bytes('{"audio": "x", "answer": "ü'.encode()[:-1])
+    earlier.write_bytes('{"audio": "x", "response": "ü'.encode()[:-1])
     assert len(run_lines(clip, "Hi", *ONE_TOKEN, "--resume", earlier)) == 1
 
 
@@ -265,7 +353,7 @@ def test_an_output_that_was_cut_off_within_a_line_can_be_appended_to(clip, micro
         subprocess.run([*PROGRAM, *options], stdout=out, check=True)
     cut_line, new_line = earlier.read_text().splitlines()
     assert cut_line == '{"audio": "x", "prom'
-    assert "answer" in json.loads(new_line)
+    assert "response" in json.loads(new_line)
 
 
 def test_an_interrupted_run_leaves_whole_lines_and_can_be_resumed(folder, micro, tmp_path):
@@ -282,7 +370,7 @@ def test_an_interrupted_run_leaves_whole_lines_and_can_be_resumed(folder, micro,
 
     out, _ = start_generate(*options).communicate()
     after = before + parse_lines(out.decode())
-    assert len({job["audio"] for job in after if "answer" in job}) == 5
+    assert len({job["audio"] for job in after if "response" in job}) == 5
 
 
 # ---- Progress ----
@@ -291,7 +379,7 @@ def test_an_interrupted_run_leaves_whole_lines_and_can_be_resumed(folder, micro,
 def test_progress_is_shown_in_a_terminal(folder, micro):
     terminal = Terminal(folder, "Hi", *ONE_TOKEN, "--batch-size", 2, "--model", micro)
     shown = terminal.read_until(rb"answered 5 of 6 in [\d.]+ s")
-    assert terminal.process.wait() == 0
+    assert terminal.process.wait() == 1  # one file is broken
     assert b"3 of 6, " in shown
     assert b"a second, " in shown
     assert b"s left" in shown

@@ -4,6 +4,7 @@ status of 0, 2 or 130."""
 import os
 
 import pytest
+import torch
 
 import generate
 from conftest import TINY
@@ -49,6 +50,30 @@ def test_it_runs_in_any_directory_on_a_name_with_spaces(tmp_path, clip):
     result = run_program("a b 'ü'.wav", "Hi", "--max-new-tokens", 3, cwd=tmp_path)
     assert result.returncode == 0
     assert result.stdout.endswith("\n")
+
+
+def test_a_recording_is_read_from_standard_input():
+    recording = (TINY / "samples" / "digits.wav").read_bytes()
+    process = start_generate("-", "--quiet")
+    out, err = process.communicate(recording)
+    assert (process.returncode, out, err) == (0, b"seven three one\n", b"")
+
+
+def test_standard_input_is_refused_among_other_recordings(run, clip):
+    status, out, err = run("-", clip, "Hi")
+    assert (status, out) == (2, "")
+    assert "only if it is the only one" in err
+
+
+def test_a_small_model_runs_on_one_thread_unless_the_user_said_otherwise(run, clip, monkeypatch):
+    used = []
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    run(clip, "Hi", "--max-new-tokens", 1)
+    assert used == []
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    run(clip, "Hi", "--max-new-tokens", 1)
+    assert used == [1]
 
 
 def test_max_new_tokens_is_obeyed(run, clip):

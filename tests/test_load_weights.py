@@ -1,7 +1,9 @@
 """A checkpoint directory becomes a model: layouts, names, the hub cache, and faults in words."""
 
 import json
+import os
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -31,6 +33,25 @@ def test_shards_are_read_through_their_index(spoilt, model):
     tensors = from_pretrained(spoilt, "cpu").state_dict()
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensors[name], tensor)
+
+
+def test_weights_saved_beside_older_shards_are_warned_about(spoilt):
+    single = (spoilt / "model.safetensors").read_bytes()
+    write_sharded(spoilt)
+    for shard in spoilt.glob("model-*.safetensors"):
+        os.utime(shard, (1000, 1000))
+    (spoilt / "model.safetensors").write_bytes(single)
+    with pytest.warns(UserWarning, match=r"model\.safetensors is newer than model-00001-of-00002"):
+        from_pretrained(spoilt, "cpu")
+    os.utime(spoilt / "model.safetensors", (900, 900))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        from_pretrained(spoilt, "cpu")
+
+
+def test_a_directory_that_is_no_checkpoint_is_refused_as_one(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no config.json inside; a checkpoint is expected"):
+        from_pretrained(tmp_path)
 
 
 def test_the_original_layout_gives_the_same_logits(micro, tmp_path, model, processor):
