@@ -24,8 +24,8 @@ Audio Flamingo 3 is put together from parts that you may know. What differs from
 
 Letters in shapes: B rows of a batch, T tokens, W windows, C conv frames, A audio frames,
 H hidden size, D size of an attention head, V vocabulary.
-Modules are named as the tensors of nvidia/audio-flamingo-3-hf are, so `load_state_dict` finds them;
-load_weights.py renames those of the other published layout.
+Modules are named as the tensors of nvidia/audio-flamingo-3-hf are, so `load_state_dict` finds
+them; load_weights.py renames those of the other published layout.
 """
 
 from collections.abc import Iterator
@@ -376,8 +376,8 @@ class Qwen2Model(nn.Module):
     def forward(self, x: Tensor, attention_mask: Tensor, cache: KeyValueCache | None) -> Tensor:
         """Hidden states (B, T, H) of embeddings x (B, T, H) that follow those in the cache.
 
-        attention_mask: (B, T) bool, False on padding, which must stand on the right of x; `prefill`
-        moves it there.
+        attention_mask: (B, T) bool, False on padding, which must stand on the right of x;
+        `prefill` moves it there.
         """
         tokens = x.shape[1]
         past = 0

@@ -31,7 +31,7 @@ from af3 import (
 )
 from plumbing.audio_file import AUDIO_SUFFIXES, stdin_as_file
 from plumbing.words import STDIN, split_words
-from processor import AudioFlamingo3Processor, Batch, check_plain_prompt, plural
+from processor import AudioFlamingo3Processor, check_plain_prompt
 
 TINY = Path(__file__).resolve().parent / "tiny"
 
@@ -43,8 +43,8 @@ think and reason about the input audio before you respond."""
 TOP_P_HELP = "with --sample: draw from the fewest tokens that hold P of the probability"
 PENALTY_HELP = "above 1: tokens in the prompt and in the answer so far become less likely"
 EXPLAIN_HELP = "show the way through the model as a table and a picture, then the answer"
-PROMPTS_HELP = """read JSON lines, or an array, with "audio", "prompt", "choices" if there are some, and
-any other fields, which are kept; - is standard input"""
+PROMPTS_HELP = """read JSON lines, or an array, with "audio", "prompt", perhaps "choices", and any
+other fields, which are kept; - is standard input"""
 FIELDS_HELP = "other names of two fields: audio=NAME,prompt=NAME"
 
 
@@ -93,7 +93,8 @@ def refuse(message: str) -> None:
 def main() -> int:
     """The exit status: 0, or 2 for bad input or too little memory, with one line `error: ...`.
 
-    1 if some of many recordings have no answer. Ctrl-C leaves with 130 and keeps what has been printed.
+    1 if some of many recordings have no answer. Ctrl-C leaves with 130 and keeps what has been
+    printed.
     """
     terminal.prepare_streams()
     try:
@@ -227,16 +228,8 @@ def answer_one(args: argparse.Namespace, recording: str, prompt: str, options: d
         steps = timer.watch(model.stream(**inputs.to(model.device), **options))
         terminal.print_as_it_comes(processor.stream_text(steps))
     if not args.quiet:
-        print(describe_audio(inputs, processor.audio_token_id), file=sys.stderr)
+        print(processor.describe_audio(inputs), file=sys.stderr)
         print(timer.summary(), file=sys.stderr)
-
-
-def describe_audio(inputs: Batch, audio_token_id: int) -> str:
-    mask = inputs["feature_attention_mask"]
-    seconds = int(mask.sum()) / 100
-    windows = plural(len(mask), "window")
-    audio_frames = int((inputs["input_ids"] == audio_token_id).sum())
-    return f"heard {seconds:.1f} s: {windows}, {plural(audio_frames, 'audio frame')}"
 
 
 def answer_many(args: argparse.Namespace, recordings: list, prompt: str, options: dict) -> int:

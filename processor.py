@@ -29,7 +29,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from af3 import frame_counts
-from load_weights import errors_naming, find_checkpoint, read_json, read_named_ids, tokenizer_folder
+from load_weights import (
+    errors_naming,
+    find_checkpoint,
+    read_json,
+    read_named_ids,
+    tokenizer_folder,
+)
 from plumbing.audio_file import load_audio, to_float32, warn_about_length
 
 # ---- Log-mel ----
@@ -67,8 +73,8 @@ def pad_window(window: Tensor) -> Tensor:
     """A window with zeros after it, up to 30 s, or as many as make a difference.
 
     A mel frame sees 200 samples to either side of its centre, which is more than one hop. So two
-    frames after the clip still see some of it; the third and all later ones see only zeros, and are
-    the same. `log_mel` computes the third and repeats it: a 5 s clip takes a fifth of the time.
+    frames after the clip still see some of it; the third and all later ones see only zeros, and
+    are the same. `log_mel` computes the third and repeats it: a 5 s clip takes a fifth of the time.
     """
     frames = mel_frame_count(len(window)) + 3
     length = min(frames * HOP_LENGTH, N_SAMPLES)
@@ -238,8 +244,8 @@ class AudioFlamingo3Processor:
         _batch            [..., "user\n", 151669, 151669, ... 125 times, "Hi", 151645, "\n", ...]
 
     What a user spells out stays text, so nobody can forge the end of a turn. There are two
-    exceptions, both in `__call__`: <sound>, where there is audio; and a finished template, in which
-    every added token counts.
+    exceptions, both in `__call__`: <sound>, where there is audio; and a finished template, in
+    which every added token counts.
     """
 
     audio_token = "<sound>"
@@ -380,6 +386,22 @@ class AudioFlamingo3Processor:
         if len(samples) > self.max_samples:
             warn_about_length(len(samples) / SAMPLE_RATE, self.max_samples / SAMPLE_RATE)
         return torch.from_numpy(samples[: self.max_samples])
+
+    def count_audio_frames(self, waveform: Tensor) -> int:
+        """How many <sound> ids a recording at 16 kHz takes."""
+        total = 0
+        for window in waveform.split(N_SAMPLES):
+            _, audio_frames = frame_counts(mel_frame_count(len(window)))
+            total += audio_frames
+        return total
+
+    def describe_audio(self, batch: Batch) -> str:
+        """A line about the recordings in a batch."""
+        mask = batch["feature_attention_mask"]
+        seconds = int(mask.sum()) / 100
+        audio_frames = int((batch["input_ids"] == self.audio_token_id).sum())
+        windows = plural(len(mask), "window")
+        return f"heard {seconds:.1f} s: {windows}, {plural(audio_frames, 'audio frame')}"
 
     def batch_decode(self, ids, *args, **options) -> list[str]:
         """`decode` for each row of ids (B, T)."""

@@ -46,7 +46,7 @@ class Job(dict):
 def read_jobs(
     prompts_file: str | None, names: list[str], prompt: str, fields: dict[str, str] | None = None
 ) -> list[Job]:
-    """The entries of a JSON file, if there is one, then each file, or file in a folder, of `names`.
+    """The entries of a JSON file, if there is one; then the files, and files in folders, of names.
 
     `prompt` is for those that have none of their own. `fields` are the names under which entries
     have "audio" and "prompt".
@@ -105,7 +105,8 @@ def new_job(entry, prompt: str, fields: dict[str, str], place: str, prompts_file
     entry = {**entry}
     entry.setdefault(prompt_field, prompt)
     if not isinstance(entry[prompt_field], str):
-        raise ValueError(f'{place}: "{prompt_field}" is {entry[prompt_field]!r}; text is expected.')
+        value = entry[prompt_field]
+        raise ValueError(f'{place}: "{prompt_field}" is {value!r}; text is expected.')
     for outcome in OUTCOMES:
         if outcome in entry:
             raise ValueError(f'{place}: it has "{outcome}", the name of what is written.')

@@ -6,17 +6,19 @@ print("".join(processor.stream_text(conversation.answer(question))))
 """
 
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from itertools import chain, islice
 
 import torch
 from torch import Tensor
 
 from af3 import AudioFlamingo3ForConditionalGeneration
 from plumbing import terminal
-from processor import AudioFlamingo3Processor, Batch
+from processor import SAMPLE_RATE, AudioFlamingo3Processor, Batch
 
 
 class Conversation:
@@ -90,13 +92,18 @@ class Conversation:
         self.pending_ids += self.processor.tokenizer.encode("\n")
 
 
-HELP = "A line is a question. /audio FILE adds a sound, /reset forgets everything, /quit ends."
+HELP = """A line is a question.
+/audio FILE    adds a recording to the next question
+/reset         forgets everything
+/help          shows this
+/quit          ends the conversation; so does Ctrl-C on an empty line
+Ctrl-C         ends an answer, or clears the line"""
 
 
 class TerminalChat:
     """A conversation in which each line of stdin is a question or a command.
 
-    Ctrl-C ends an answer; a second one, or one while a line is awaited, ends the conversation.
+    Ctrl-C ends an answer; a second one, or one on an empty line, ends the conversation.
     """
 
     def __init__(
@@ -113,15 +120,21 @@ class TerminalChat:
         self.options = options
         self.quiet = quiet
         self.awaits_line = False
+        self.line_is_half_typed = False
+        self.readline = None
 
     def run(self, first_question: str | None = None) -> None:
         with suppress(ImportError):  # not on Windows
-            import readline  # noqa: F401  gives input() a history
+            import readline  # gives input() a history
+
+            readline.parse_and_bind("tab: complete")  # of file names
+            readline.set_completer_delims(" \t\n\"'")
+            self.readline = readline
         signal.signal(signal.SIGINT, self.interrupt)
         sys.stdin = sys.stdin or open(os.devnull)  # None if it is closed
         sys.stdin.reconfigure(errors="replace")
-        if sys.stdin.isatty() and not self.quiet:
-            print(HELP, file=sys.stderr)
+        if sys.stdin.isatty():
+            self.tell(HELP)
         line = first_question
         try:
             while line != "/quit":
@@ -134,17 +147,33 @@ class TerminalChat:
         except KeyboardInterrupt:
             terminal.exit_interrupted()
 
+    def tell(self, text: str) -> None:
+        if not self.quiet:
+            print(text, file=sys.stderr)
+
     def interrupt(self, *_) -> None:
         """What Ctrl-C does."""
-        if self.awaits_line or self.conversation.stopped:
+        if not self.awaits_line and not self.conversation.stopped:
+            self.conversation.stopped = True
+            return
+        self.line_is_half_typed = False
+        if self.awaits_line and self.readline is not None:
+            self.line_is_half_typed = self.readline.get_line_buffer() != ""
+        if not self.line_is_half_typed:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a further one must not stop the exit
-            raise KeyboardInterrupt  # and no exit here: readline must restore the terminal first
-        self.conversation.stopped = True
+        raise KeyboardInterrupt  # and no exit here: readline must restore the terminal first
 
     def read_line(self) -> str:
         in_terminal = sys.stdin.isatty() and sys.stdout.isatty()
-        self.awaits_line = True
-        line = input("> " if in_terminal else "").strip()
+        while True:
+            try:
+                self.awaits_line = True
+                line = input("> " if in_terminal else "").strip()
+                break
+            except KeyboardInterrupt:
+                if not self.line_is_half_typed:
+                    raise
+                print()
         self.awaits_line = False
         self.conversation.stopped = False
         return line
@@ -154,12 +183,14 @@ class TerminalChat:
         command, _, name = line.replace("\t", " ").partition(" ")
         try:
             if command == "/audio" and name:
-                self.audios.append(self.processor.to_waveform(os.path.expanduser(name.strip())))
+                self.add_audio(file_name(name.strip()))
             elif command == "/reset":
                 self.conversation.reset()
                 self.audios = []
+            elif command == "/help":
+                print(HELP, file=sys.stderr)
             elif command.startswith("/"):
-                raise ValueError(f"{command} is none of /audio FILE, /reset and /quit.")
+                raise ValueError(f"{command} is none of /audio FILE, /reset, /help and /quit.")
             elif line:
                 self.ask(line)
         except BrokenPipeError:
@@ -167,11 +198,45 @@ class TerminalChat:
         except (ValueError, OSError, RuntimeError, MemoryError) as error:
             terminal.print_error(error)
 
+    def add_audio(self, name: str) -> None:
+        """Adds a recording to the next question, if the context has room for it."""
+        with terminal.show_waiting(f"reading {name}", self.quiet):
+            waveform = self.processor.to_waveform(name)
+        cache = self.conversation.cache
+        tokens = cache.length
+        for audio in [*self.audios, waveform]:
+            tokens += self.processor.count_audio_frames(audio)
+        if tokens + self.max_new_tokens() > cache.capacity:
+            raise ValueError(
+                f"{name}: no room for it beside the {cache.length} tokens of the conversation and "
+                f"{self.max_new_tokens()} of an answer; /reset makes room."
+            )
+        self.audios.append(waveform)
+        seconds = len(waveform) / SAMPLE_RATE
+        self.tell(f"{seconds:.1f} s; the context is {tokens / cache.capacity:.0%} full")
+
+    def max_new_tokens(self) -> int:
+        default = self.conversation.model.generation_config.max_new_tokens
+        return self.options.get("max_new_tokens", default)
+
     def ask(self, text: str) -> None:
         timer = terminal.StepTimer()
         question = self.conversation.question(text, self.audios)
         steps = timer.watch(self.conversation.answer(question, **self.options))
-        terminal.print_as_it_comes(self.processor.stream_text(steps))
+        with terminal.show_waiting("reading", self.quiet):
+            first_step = list(islice(steps, 1))
+        terminal.print_as_it_comes(self.processor.stream_text(chain(first_step, steps)))
         self.audios = []
-        if not self.quiet:
-            print(timer.summary(), file=sys.stderr)
+        if "feature_attention_mask" in question:
+            self.tell(self.processor.describe_audio(question))
+        self.tell(timer.summary())
+
+
+def file_name(text: str) -> str:
+    """A file's name as people write it: with ~, in quotes, or with escaped spaces."""
+    if not os.path.exists(text):
+        with suppress(ValueError):  # a quote that is not closed
+            words = shlex.split(text)
+            if len(words) == 1:
+                text = words[0]
+    return os.path.expanduser(text)

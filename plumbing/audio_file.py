@@ -39,8 +39,9 @@ def load_audio(
 ) -> np.ndarray:
     """A mono float32 waveform (n,) in [-1, 1] at `sampling_rate` Hz; channels are averaged.
 
-    No more than `max_seconds` are read, with a warning where there are more. A truncated file gives
-    the samples it has, with a warning. Raises FileNotFoundError or ValueError, naming the file.
+    No more than `max_seconds` are read, with a warning where there are more. A truncated file
+    gives the samples it has, with a warning. Raises FileNotFoundError or ValueError, naming the
+    file.
     """
     path = Path(path)
     check_is_audio_file(path)
@@ -71,7 +72,7 @@ def check_is_audio_file(path: Path) -> None:
 
 @contextmanager
 def stdin_as_file() -> Iterator[str]:
-    """The name of a temporary file with what standard input holds; ffmpeg must move about in it."""
+    """The name of a temporary file with what is on standard input; ffmpeg must move about in it."""
     if sys.stdin is None:
         raise ValueError("Standard input is closed; a recording is expected there.")
     with tempfile.TemporaryDirectory() as folder:
@@ -224,7 +225,7 @@ def skip(file: BinaryIO, count: int) -> None:
 
 
 def to_mono(content: bytes, header: Header) -> Tensor:
-    """The mean of the channels (n,), float32, of whole frames; bytes of an incomplete one are left."""
+    """The mean of the channels (n,), float32, of whole frames, without bytes of a broken one."""
     count = len(content) // header.frame_bytes * header.channels
     samples = np.frombuffer(content, header.sample_type, count)
     if header.sample_type == "3u1":
@@ -331,8 +332,8 @@ def resample_parts(parts: Iterable[Tensor], rate: int, target: int) -> Iterator[
 def resample_piece(waveform: Tensor, rate: int, target: int) -> Tensor:
     """Resamples in one piece.
 
-    Its whole spectrum is cut off at the lower of the two Nyquist frequencies, or padded with zeros,
-    and transformed back at the new length. Nothing is delayed.
+    Its whole spectrum is cut off at the lower of the two Nyquist frequencies, or padded with
+    zeros, and transformed back at the new length. Nothing is delayed.
     """
     # Every `down` samples become `up`. For a rate that nobody uses, the fraction is within 6e-6.
     up, down = Fraction(target, rate).limit_denominator(2000).as_integer_ratio()

@@ -13,8 +13,8 @@ def split_words(
 ) -> tuple[list[str], str | None]:
     """The recordings and the prompt: a last word that is no file, or None.
 
-    suffixes: those of sound files. may_be_prompt: a word that stands alone may be the prompt. Raises ValueError, with what to write
-    instead, where the words can be read in another way.
+    suffixes: those of sound files. may_be_prompt: a word that stands alone may be the prompt.
+    Raises ValueError, with what to write instead, where the words can be read in another way.
     """
     for word in words:
         check_is_no_url(word)
@@ -29,7 +29,7 @@ def split_words(
     if len(others) > 1:
         prompt = " ".join(others)
         raise ValueError(
-            f"{' and '.join(map(repr, others[:2]))} are no files, and only one prompt is expected; "
+            f"{others[0]!r} and {others[1]!r} are no files, and only one prompt is expected; "
             f'put it in quotes: "{prompt}".'
         )
     if words[-1] != others[0]:

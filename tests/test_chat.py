@@ -12,7 +12,7 @@ import torch
 
 import generate as program
 from conftest import TINY
-from extras.chat import Conversation
+from extras.chat import Conversation, file_name
 from programs import Terminal, generate, interrupt_until_it_ends, start_generate
 from signals import sound
 
@@ -246,6 +246,33 @@ def test_a_question_that_is_refused_keeps_its_recordings(micro, clip):
     assert len(asked_again.stdout) > 1000
 
 
+def test_a_recording_for_which_there_is_no_room_is_refused_at_once(run_chat, clip):
+    lines = [f"/audio {clip}", f"/audio {clip}", "/quit"]
+    status, out, err = run_chat("--max-new-tokens", 4030, lines=lines)
+    assert status == 0
+    assert "1.5 s; the context is 1% full" in err
+    assert "no room for it beside the 0 tokens of the conversation" in err
+    assert "/reset makes room" in err
+
+
+def test_what_was_heard_is_told_after_an_answer_about_it(run_chat, clip):
+    _, _, err = run_chat(clip, "--max-new-tokens", 2, lines=["Hi", "And?"])
+    assert err.count("heard 1.5 s: 1 window, 37 audio frames") == 1
+    assert err.count("said 2 tokens") == 2
+
+
+@pytest.mark.parametrize("written", ['"a b.wav"', "'a b.wav'", r"a\ b.wav", "a b.wav"])
+def test_a_file_name_may_be_in_quotes_or_escaped(tmp_path, monkeypatch, written):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a b.wav").touch()
+    assert file_name(written) == "a b.wav"
+
+
+def test_help_is_shown_when_it_is_asked_for(run_chat):
+    _, _, err = run_chat("--quiet", lines=["/help", "/quit"])
+    assert "/audio FILE" in err
+
+
 # ---- Ctrl-C ----
 
 
@@ -292,6 +319,33 @@ def test_ctrl_c_ends_an_answer_and_then_the_conversation(clip, micro):
     assert interrupt_until_it_ends(process) == 130
     assert process.stdout.read().endswith(b"\n")
     assert b"Traceback" not in process.stderr.read()
+
+
+@pytest.mark.parametrize("typed, goes_on", [("What is", True), ("", False)])
+def test_ctrl_c_clears_a_half_typed_line_and_leaves_on_an_empty_one(
+    run_chat, monkeypatch, typed, goes_on
+):
+    asked = []
+
+    def interrupted_input(prompt):
+        asked.append(prompt)
+        if len(asked) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return "/quit"
+
+    def leave(*_):
+        raise SystemExit(130)
+
+    monkeypatch.setattr("builtins.input", interrupted_input)
+    monkeypatch.setattr("readline.get_line_buffer", lambda: typed)
+    monkeypatch.setattr("plumbing.terminal.exit_interrupted", leave)
+    if goes_on:
+        assert run_chat(lines=[])[0] == 0
+        assert len(asked) == 2
+    else:
+        with pytest.raises(SystemExit):
+            run_chat(lines=[])
+        assert len(asked) == 1
 
 
 def test_ctrl_c_at_the_prompt_gives_the_terminal_back_as_it_was(micro):
