@@ -45,6 +45,8 @@ PENALTY_HELP = "above 1: tokens in the prompt and in the answer so far become le
 EXPLAIN_HELP = "show the way through the model as a table and a picture, then the answer"
 PROMPTS_HELP = """read JSON lines, or an array, with "audio", "prompt", perhaps "choices", and any
 other fields, which are kept; - is standard input"""
+OUTPUT_HELP = """write the JSON lines there; given again, go on: ask what has no answer yet,
+and again what failed"""
 FIELDS_HELP = "other names of two fields: audio=NAME,prompt=NAME"
 
 
@@ -81,6 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
     mode.add_argument("--prompts", metavar="FILE", help=PROMPTS_HELP)
     add("--fields", metavar="MAP", help=FIELDS_HELP)
     add("--batch-size", type=int, metavar="N", help="answer N recordings at a time (default: 8)")
+    add("--output", metavar="FILE", help=OUTPUT_HELP)
     add("--resume", metavar="FILE", help="leave out what an earlier run, `>> FILE`, has answered")
     return parser
 
@@ -152,7 +155,7 @@ def answer(args: argparse.Namespace, recordings: list, prompt: str | None, optio
 
 def wants_json_lines(args: argparse.Namespace, recordings: list[str]) -> bool:
     """Whether there is more than one recording, or an option that is for many."""
-    if args.prompts or args.resume or args.batch_size is not None:
+    if args.prompts or args.resume or args.output or args.batch_size is not None:
         return True
     return len(recordings) > 1 or os.path.isdir(recordings[0])
 
@@ -247,10 +250,14 @@ def answer_many(args: argparse.Namespace, recordings: list, prompt: str, options
     if args.resume and os.path.exists(args.resume):
         jobs = batch.leave_out_answered(all_jobs, args.resume)
         batch.end_cut_line(args.resume)
+    output = sys.stdout
+    if args.output:
+        output = batch.open_output(args.output, all_jobs)
+        jobs = batch.leave_out_answered(jobs, args.output)
     model = load_model(args) if jobs else None
     progress = terminal.Progress(len(jobs), args.quiet)
     for job in batch.answer_jobs(jobs, processor, model, batch_size, progress, **options):
-        print(batch.as_json_line(job), flush=True)
+        print(batch.as_json_line(job, output.encoding), file=output, flush=True)
     answered = sum("response" in job for job in jobs)
     if not args.quiet:
         before = len(all_jobs) - len(jobs)

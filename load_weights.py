@@ -23,10 +23,9 @@ from torch import Tensor
 
 ORIGINAL_FOLDERS = ("llm", "sound_tower", "sound_mm_projector")
 
-# The hub repository holds the weights twice, as one file and as shards. This takes the shards.
-DOWNLOAD_COMMAND = (
-    'hf download nvidia/audio-flamingo-3-hf --include "*.json" "*.jinja" "model-*-of-*.safetensors"'
-)
+# The hub repository holds the weights twice, as one file and as shards. These are the shards.
+DOWNLOAD_FILES = '"*.json" "*.jinja" "model-*-of-*.safetensors"'
+DOWNLOAD_COMMAND = f"hf download nvidia/audio-flamingo-3-hf --include {DOWNLOAD_FILES}"
 
 # ---- Finding the directory ----
 
@@ -46,6 +45,8 @@ def find_checkpoint(name: str | Path) -> Path:
         snapshot = model / "snapshots" / main.read_text().strip()
         if snapshot.is_dir():
             return snapshot
+    if not re.fullmatch(r"[\w-]+/[\w.-]+", str(name)):  # it is no name on the hub
+        raise FileNotFoundError(f"{str(name)!r}: no such directory; a checkpoint is expected.")
     raise FileNotFoundError(
         f"{name}: no such directory, and no such model in {cache}. "
         f"To download the official one: {DOWNLOAD_COMMAND}"

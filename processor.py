@@ -74,7 +74,8 @@ def pad_window(window: Tensor) -> Tensor:
 
     A mel frame sees 200 samples to either side of its centre, which is more than one hop. So two
     frames after the clip still see some of it; the third and all later ones see only zeros, and
-    are the same. `log_mel` computes the third and repeats it: a 5 s clip takes a fifth of the time.
+    are the same. `log_mel` computes the third and repeats it, so a 5 s clip takes a fifth of the
+    time.
     """
     frames = mel_frame_count(len(window)) + 3
     length = min(frames * HOP_LENGTH, N_SAMPLES)

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
 
 from torch import Tensor
 
@@ -263,10 +264,9 @@ def make_inputs(batch: list[Loaded], processor: AudioFlamingo3Processor) -> Batc
 # ---- Writing answers, and going on after an interruption ----
 
 
-def as_json_line(job: dict) -> str:
-    """JSON without control characters, in the encoding of stdout."""
-    can_write_all = sys.stdout.encoding.lower() == "utf-8"
-    line = json.dumps(job, ensure_ascii=not can_write_all)
+def as_json_line(job: dict, encoding: str = "utf-8") -> str:
+    """JSON without control characters; without other characters that the encoding may lack."""
+    line = json.dumps(job, ensure_ascii=encoding.lower() != "utf-8")
     return line.translate({code: f"\\u{code:04x}" for code in range(127, 160)})
 
 
@@ -297,6 +297,33 @@ def job_key(entry: dict) -> str:
     if isinstance(asked.get("audio"), str):
         asked["audio"] = os.path.normpath(asked["audio"])
     return json.dumps(asked, sort_keys=True)
+
+
+def open_output(path: str, jobs: list[Job]) -> TextIO:
+    """The file of JSON lines at `path`, opened to add what the `jobs` without a response give.
+
+    Of an earlier run, the errors of these jobs and a last line that was cut off are removed
+    first, in a copy that then takes the file's place: whenever the program is killed, no
+    response is lost. Raises ValueError for a file that holds anything else.
+    """
+    keys = {job_key(job) for job in jobs}
+    kept = []
+    lines = []
+    if os.path.exists(path):
+        check_is_file(Path(path))
+        lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, line in enumerate(lines, start=1):
+        entry = parse_line(line)
+        is_failure = isinstance(entry, dict) and "error" in entry and job_key(entry) in keys
+        if isinstance(entry, dict) and not is_failure:
+            kept.append(line + "\n")
+        elif line.strip() and not is_failure and number < len(lines):
+            raise ValueError(f"{path}: line {number} is no JSON object; is it another file?")
+    new_path = f"{path}.new"
+    with open(new_path, "w", encoding="utf-8") as file:
+        file.writelines(kept)
+    os.replace(new_path, path)
+    return open(path, "a", encoding="utf-8")
 
 
 def end_cut_line(path: str) -> None:

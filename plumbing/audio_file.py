@@ -72,7 +72,7 @@ def check_is_audio_file(path: Path) -> None:
 
 @contextmanager
 def stdin_as_file() -> Iterator[str]:
-    """The name of a temporary file with what is on standard input; ffmpeg must move about in it."""
+    """The name of a temporary file of what is on standard input: ffmpeg must move about in it."""
     if sys.stdin is None:
         raise ValueError("Standard input is closed; a recording is expected there.")
     with tempfile.TemporaryDirectory() as folder:

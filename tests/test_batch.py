@@ -373,6 +373,51 @@ def test_an_interrupted_run_leaves_whole_lines_and_can_be_resumed(folder, micro,
     assert len({job["audio"] for job in after if "response" in job}) == 5
 
 
+# ---- An output file ----
+
+
+def test_an_output_file_given_again_is_gone_on_with_and_nothing_stands_twice(run, folder, tmp_path):
+    output = tmp_path / "out.jsonl"
+    options = [folder, "Hi", *ONE_TOKEN, "--output", output]
+    assert run(*options)[:2] == (1, "")
+    first = parse_lines(output.read_text())
+    assert len(first) == 6
+    write_wav(folder / "broken.WAV", sound(8000))
+    assert run(*options)[:2] == (0, "")
+    second = parse_lines(output.read_text())
+    assert sorted(job["audio"] for job in second) == sorted(job["audio"] for job in first)
+    assert all("response" in job for job in second)
+    assert run(*options)[0] == 0
+    assert parse_lines(output.read_text()) == second
+
+
+def test_an_output_file_that_was_cut_off_is_mended(run, folder, tmp_path):
+    output = tmp_path / "out.jsonl"
+    options = [folder, "Hi", *ONE_TOKEN, "--output", output]
+    run(*options)
+    whole = output.read_text()
+    output.write_text(whole[:-20])
+    run(*options)
+    mended = parse_lines(output.read_text())
+    assert sorted(map(str, mended)) == sorted(map(str, parse_lines(whole)))
+
+
+def test_responses_to_other_questions_stay_in_an_output_file(run, clip, tmp_path):
+    output = tmp_path / "out.jsonl"
+    run(clip, "Hi", *ONE_TOKEN, "--output", output)
+    run(clip, "Who?", *ONE_TOKEN, "--output", output)
+    assert [job["prompt"] for job in parse_lines(output.read_text())] == ["Hi", "Who?"]
+
+
+def test_a_file_of_another_kind_is_not_overwritten(run, clip, tmp_path):
+    output = tmp_path / "notes.txt"
+    output.write_text("dear diary\nsecond line\n")
+    status, _, err = run(clip, "Hi", *ONE_TOKEN, "--output", output)
+    assert status == 2
+    assert "notes.txt: line 1 is no JSON object" in err
+    assert output.read_text() == "dear diary\nsecond line\n"
+
+
 # ---- Progress ----
 
 

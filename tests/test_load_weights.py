@@ -54,6 +54,13 @@ def test_a_directory_that_is_no_checkpoint_is_refused_as_one(tmp_path):
         from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["tinyy", "./tiny/x", "/tinyy", ""])
+def test_a_path_that_is_no_directory_is_refused_without_advice_to_download(name):
+    with pytest.raises(FileNotFoundError, match="no such directory; a checkpoint is") as error:
+        find_checkpoint(name)
+    assert "hf download" not in str(error.value)
+
+
 def test_the_original_layout_gives_the_same_logits(micro, tmp_path, model, processor):
     write_original(micro, tmp_path / "af3")
     original_model = from_pretrained(tmp_path / "af3", "cpu")
