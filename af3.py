@@ -496,9 +496,10 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
         else a torch.dtype or its name; torch_dtype is its older name. Raises FileNotFoundError or
         ValueError, naming file, field or tensor; nothing half-loaded is returned.
         """
-        dtype = torch_dtype or dtype
         import load_weights
 
+        device = choose_device(device_map)
+        dtype = torch_dtype or dtype
         folder = load_weights.find_checkpoint(path)
         tokenizer_folder = load_weights.tokenizer_folder(folder)
         token_ids = load_weights.read_token_ids(tokenizer_folder)
@@ -511,7 +512,7 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
         with load_weights.errors_naming(folder):
             tensors = dict(load_weights.read_tensors(folder))
             model.load_state_dict(tensors, strict=True, assign=True)
-            model.to(choose_device(device_map), choose_dtype(dtype, model.dtype))
+            model.to(device, choose_dtype(dtype, model.dtype))
         return model.requires_grad_(False).eval()
 
     @property
@@ -713,8 +714,8 @@ def check_device(device: str | torch.device) -> None:
         usable = False
     if not usable:
         raise ValueError(
-            f"device is {str(device)!r}, which PyTorch cannot use here; "
-            "auto, cpu, cuda or mps is expected."
+            f"device is {str(device)!r}, which PyTorch cannot use on this machine; "
+            "auto, cpu, cuda or mps is expected, and auto is always right."
         )
 
 
@@ -771,7 +772,8 @@ def check_length(tokens: int, max_new_tokens: int, limit: int) -> None:
     if tokens + max_new_tokens > limit:
         raise ValueError(
             f"The prompt's {tokens} tokens and max_new_tokens={max_new_tokens} are more than "
-            f"the model's {limit} positions; shorten the audio or lower max_new_tokens."
+            f"the model's {limit} positions; shorten the prompt or its audio, "
+            "or lower max_new_tokens."
         )
 
 

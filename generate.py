@@ -12,16 +12,17 @@ import argparse
 import dataclasses
 import os
 import sys
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 
 from plumbing import terminal
 
 if __name__ == "__main__":
     # Before the long imports, in which Ctrl-C would leave with a traceback.
-    terminal.exit_on_interrupt()
+    terminal.exit_on_interrupt(end_line=False)
 
 import torch
+from torch import Tensor
 
 from af3 import (
     AudioFlamingo3ForConditionalGeneration,
@@ -35,21 +36,6 @@ from processor import AudioFlamingo3Processor, check_plain_prompt
 
 TINY = Path(__file__).resolve().parent / "tiny"
 
-# Those help texts that are longer than a line.
-WORDS_HELP = """recordings (WAV, or with ffmpeg mp3, flac, ogg, m4a, opus, video), folders of them,
-and the prompt: a last word that is no file; without one, speech is transcribed"""
-THINK_HELP = """merge the AF-Think adapter in the model's directory; end the prompt with: Please
-think and reason about the input audio before you respond."""
-TOP_P_HELP = "with --sample: draw from the fewest tokens that hold P of the probability"
-PENALTY_HELP = "above 1: tokens in the prompt and in the answer so far become less likely"
-EXPLAIN_HELP = "show the way through the model as a table and a picture, then the answer"
-PROMPTS_HELP = """read JSON lines, or an array, with "audio", "prompt", perhaps "choices", and any
-other fields, which are kept; - is standard input"""
-OUTPUT_HELP = """write the JSON lines there; given again, go on: ask what has no answer yet,
-and again what failed"""
-FIELDS_HELP = "other names of two fields: audio=NAME,prompt=NAME"
-
-
 SHORTER_HINT = "shorten the audio or lower --max-new-tokens"  # where memory runs out
 
 
@@ -57,35 +43,69 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="generate.py [options] [audio ...] [prompt]",
         allow_abbrev=False,
     )
     parser.error = refuse
-    add = parser.add_argument
-    flag = partial(parser.add_argument, action="store_true")
-    add("words", nargs="*", metavar="audio ... prompt", help=WORDS_HELP)
+    words_help = """recordings (WAV, or with ffmpeg mp3, flac, ogg, m4a, opus, video), folders of
+    them, - for standard input; then the prompt: the last argument, if it is not a file. Without
+    a prompt, speech is transcribed"""
+    parser.add_argument("words", nargs="*", metavar="audio ... prompt", help=words_help)
+    parser.add_argument(
+        "--quiet", action="store_true", help="print nothing on stderr but errors and warnings"
+    )
+    add_model_options(parser.add_argument_group("model").add_argument)
+    add_answer_options(parser.add_argument_group("answer").add_argument)
+    modes = parser.add_argument_group("instead of one answer").add_mutually_exclusive_group()
+    add_modes(modes.add_argument)
+    add_options_for_many(parser.add_argument_group("many recordings, as JSON lines").add_argument)
+    return parser
+
+
+def add_model_options(add: Callable) -> None:
     add("--model", default=TINY, help="a directory or cached hub name (default: tiny/)")
     add("--device", default="auto", help="cpu, cuda or mps (default: the best available)")
     add("--dtype", default="auto", help="float32, bfloat16 or float16 (default: the checkpoint's)")
-    flag("--int8", help="hold the decoder in int8: half the memory, and faster on a CPU if large")
-    flag("--think", help=THINK_HELP)
-    add("--max-new-tokens", type=int, metavar="N", help="stop after N tokens (default: 512)")
-    flag("--sample", dest="do_sample", help="draw tokens at random, not always the likeliest")
+    int8_help = "hold the decoder in int8: half the memory and, for a large model, faster on a CPU"
+    add("--int8", action="store_true", help=int8_help)
+    think_help = """merge the AF-Think adapter in the model's directory; end the prompt with:
+    Please think and reason about the input audio before you respond."""
+    add("--think", action="store_true", help=think_help)
+
+
+def add_answer_options(add: Callable) -> None:
+    add("--max-new-tokens", type=int, metavar="N", help="at most N (default: the model's, or 512)")
+    sample_help = "draw tokens at random, not always the likeliest"
+    add("--sample", dest="do_sample", action="store_true", help=sample_help)
     add("--temperature", type=float, metavar="T", help="with --sample: above 1 is more random")
     add("--top-k", type=int, metavar="K", help="with --sample: draw from the K likeliest tokens")
-    add("--top-p", type=float, metavar="P", help=TOP_P_HELP)
+    top_p_help = "with --sample: draw from the fewest tokens that hold P of the probability"
+    add("--top-p", type=float, metavar="P", help=top_p_help)
     add("--seed", type=int, help="makes --sample repeatable")
-    add("--repetition-penalty", type=float, metavar="R", help=PENALTY_HELP)
-    flag("--quiet", help="print nothing on stderr but errors and warnings")
+    penalty_help = "above 1: tokens in the prompt and in the answer so far become less likely"
+    add("--repetition-penalty", type=float, metavar="R", help=penalty_help)
 
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--chat", action="store_true", help="hold a conversation in the terminal")
-    mode.add_argument("--explain", action="store_true", help=EXPLAIN_HELP)
-    mode.add_argument("--prompts", metavar="FILE", help=PROMPTS_HELP)
-    add("--fields", metavar="MAP", help=FIELDS_HELP)
+
+def add_modes(add: Callable) -> None:
+    add("--chat", action="store_true", help="hold a conversation in the terminal")
+    explain_help = "show the way through the model as a table and a picture, then the answer"
+    add("--explain", action="store_true", help=explain_help)
+    prompts_help = """read JSON lines, or an array, with "audio", "prompt", perhaps "choices", and
+    any other fields, which are kept; - is standard input"""
+    add("--prompts", metavar="FILE", help=prompts_help)
+
+
+def add_options_for_many(add: Callable) -> None:
+    fields_help = "with --prompts: other names of two fields, audio=NAME,prompt=NAME"
+    add("--fields", metavar="MAP", help=fields_help)
+    choose_help = """with --prompts: answer with the likeliest of the "choices", which are then
+    not listed in the prompt"""
+    add("--choose", action="store_true", help=choose_help)
     add("--batch-size", type=int, metavar="N", help="answer N recordings at a time (default: 8)")
-    add("--output", metavar="FILE", help=OUTPUT_HELP)
-    add("--resume", metavar="FILE", help="leave out what an earlier run, `>> FILE`, has answered")
-    return parser
+    output_help = """write the lines there; given again, go on: ask what has no answer yet, and
+    again what failed"""
+    add("--output", metavar="FILE", help=output_help)
+    add("--resume", metavar="FILE", help="skip what FILE already answers; append to it: >> FILE")
 
 
 def refuse(message: str) -> None:
@@ -111,6 +131,7 @@ def main() -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Does what the command line asks for; the exit status."""
+    check_combination(args)
     may_be_prompt = bool(args.prompts or args.chat)
     recordings, prompt = split_words(args.words, AUDIO_SUFFIXES, may_be_prompt)
     if not (recordings or args.chat or args.prompts):
@@ -120,23 +141,16 @@ def run(args: argparse.Namespace) -> int:
     if prompt is not None:
         check_plain_prompt(prompt)
     options = generation_options(args)
-    if STDIN not in recordings:
-        return answer(args, recordings, prompt, options)
-    if len(recordings) > 1 or args.chat or args.prompts:
+    if STDIN in recordings and (args.chat or wants_json_lines(args, recordings)):
         raise ValueError(
-            "-, a recording on standard input, is answered only if it is the only one."
+            "- is answered only by itself, without other recordings and without --chat, "
+            "--prompts, --output, --resume and --batch-size."
         )
-    with stdin_as_file() as path:
-        return answer(args, [path], prompt, options)
-
-
-def answer(args: argparse.Namespace, recordings: list, prompt: str | None, options: dict) -> int:
-    """Answers in the way that the options ask for; the exit status."""
     if args.chat:
         from extras.chat import TerminalChat
 
         processor = AudioFlamingo3Processor.from_pretrained(args.model)
-        waveforms = [processor.to_waveform(recording) for recording in recordings]
+        waveforms = [read_recording(args, processor, recording) for recording in recordings]
         chat = TerminalChat(processor, load_model(args), waveforms, options, args.quiet)
         chat.run(prompt)
     elif args.explain:
@@ -145,7 +159,8 @@ def answer(args: argparse.Namespace, recordings: list, prompt: str | None, optio
         if len(recordings) != 1 or os.path.isdir(recordings[0]):
             raise ValueError("--explain takes one sound file.")
         processor = AudioFlamingo3Processor.from_pretrained(args.model)
-        explain(processor, load_model(args), recordings[0], prompt, options)
+        waveform = read_recording(args, processor, recordings[0])
+        explain(processor, load_model(args), waveform, prompt, options)
     elif wants_json_lines(args, recordings):
         return answer_many(args, recordings, prompt, options)
     else:
@@ -158,6 +173,19 @@ def wants_json_lines(args: argparse.Namespace, recordings: list[str]) -> bool:
     if args.prompts or args.resume or args.output or args.batch_size is not None:
         return True
     return len(recordings) > 1 or os.path.isdir(recordings[0])
+
+
+def check_combination(args: argparse.Namespace) -> None:
+    """Refuses options that would have no effect."""
+    for name in ("model", "prompts", "output", "resume", "fields"):
+        if getattr(args, name) == "":
+            refuse(f"--{name} is empty")
+    needs = {"fields": "--prompts", "choose": "--prompts"}
+    if args.chat or args.explain:
+        needs |= dict.fromkeys(["batch_size", "output", "resume"], "JSON lines")
+    for name, needed in needs.items():
+        if getattr(args, name) not in (None, False) and not args.prompts:
+            refuse(f"--{name.replace('_', '-')} is only for {needed}")
 
 
 def generation_options(args: argparse.Namespace) -> dict:
@@ -220,12 +248,23 @@ def load_changed_model(args: argparse.Namespace) -> AudioFlamingo3ForConditional
     return model.to(choose_device(args.device))
 
 
+def read_recording(
+    args: argparse.Namespace, processor: AudioFlamingo3Processor, name: str
+) -> Tensor:
+    """The waveform of a file, or of what is on standard input."""
+    with terminal.show_waiting(f"reading {name}", args.quiet), terminal.memory_hint(SHORTER_HINT):
+        if name != STDIN:
+            return processor.to_waveform(name)
+        with terminal.clean_up_on_interrupt(), stdin_as_file() as path:
+            return processor.to_waveform(path)
+
+
 def answer_one(args: argparse.Namespace, recording: str, prompt: str, options: dict) -> None:
     processor = AudioFlamingo3Processor.from_pretrained(args.model)
-    reading = terminal.show_waiting(f"reading {recording}", args.quiet)
-    with reading, terminal.memory_hint(SHORTER_HINT):
-        inputs = processor.apply_transcription_request(recording, prompt)
+    waveform = read_recording(args, processor, recording)
+    inputs = processor.apply_transcription_request(waveform, prompt)
     model = load_model(args)
+    terminal.exit_on_interrupt()
     timer = terminal.StepTimer()
     with terminal.memory_hint(SHORTER_HINT):
         steps = timer.watch(model.stream(**inputs.to(model.device), **options))
@@ -239,7 +278,6 @@ def answer_many(args: argparse.Namespace, recordings: list, prompt: str, options
     """Prints a JSON line for each recording; `extras/batch.py` says more. The exit status."""
     from extras import batch
 
-    terminal.exit_on_interrupt(end_line=False)  # only whole lines have been printed
     batch_size = 8 if args.batch_size is None else args.batch_size
     if batch_size < 1:
         raise ValueError(f"--batch-size is {batch_size}; at least 1 is expected.")
@@ -256,14 +294,17 @@ def answer_many(args: argparse.Namespace, recordings: list, prompt: str, options
         jobs = batch.leave_out_answered(jobs, args.output)
     model = load_model(args) if jobs else None
     progress = terminal.Progress(len(jobs), args.quiet)
-    for job in batch.answer_jobs(jobs, processor, model, batch_size, progress, **options):
+    for job in batch.answer_jobs(
+        jobs, processor, model, batch_size, progress, args.choose, **options
+    ):
         print(batch.as_json_line(job, output.encoding), file=output, flush=True)
     answered = sum("response" in job for job in jobs)
     if not args.quiet:
         before = len(all_jobs) - len(jobs)
         earlier = f" (and {before} before)" if before else ""
         seconds = progress.seconds()
-        print(f"answered {answered} of {len(jobs)}{earlier} in {seconds:.1f} s", file=sys.stderr)
+        summary = f"answered {answered} of {len(jobs)}{earlier} in {seconds:.1f} s"
+        print(summary if jobs else "nothing left to answer", file=sys.stderr)
     return 0 if answered == len(jobs) else 1
 
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 ORIGINAL_FOLDERS = ("llm", "sound_tower", "sound_mm_projector")
@@ -174,9 +174,11 @@ def read_named_ids(folder: Path, token_ids: dict[str, int]) -> dict[str, int]:
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file. Raises OSError or ValueError, naming the file."""
-    check_is_file(path)
-    with errors_naming(path):
+    check_is_there(path)
+    try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); download it again.") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: a JSON object is expected.")
     return content
@@ -212,7 +214,8 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     parts = ORIGINAL_FOLDERS if is_original_layout(folder) else ("",)
     for part in parts:
         for path in find_shards(folder / part):
-            check_is_file(path)
+            check_is_there(path)
+            check_is_complete(path)
             with errors_naming(path):
                 shard = safe_open(path, "pt")
                 for name in shard.keys():
@@ -294,12 +297,20 @@ def errors_naming(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split())
+        reason = shorten(str(error))
         if str(path) in reason:
             raise ValueError(reason) from None
         if not isinstance(error, (ValueError, RuntimeError, OSError)):
             reason = f"unexpected content ({error!r})"
         raise ValueError(f"{path}: {reason}") from None
+
+
+def shorten(message: str) -> str:
+    """A message in one line: of many tensors that are wrong, only the first."""
+    lines = message.splitlines()
+    if len(lines) > 3:
+        lines = [*lines[:2], f"... and {len(lines) - 2} more."]
+    return " ".join(" ".join(line.split())[:500] for line in lines)
 
 
 def check_is_checkpoint(folder: Path) -> None:
@@ -308,9 +319,23 @@ def check_is_checkpoint(folder: Path) -> None:
 
 
 def check_is_file(path: Path) -> None:
-    """Refuses what exists and is no file, such as a pipe, which would be waited for."""
+    """Refuses what exists and is not a file, such as a pipe, which would be waited for."""
     if path.exists() and not path.is_file():
         raise ValueError(f"{path}: not a file.")
+
+
+def check_is_there(path: Path) -> None:
+    check_is_file(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; the checkpoint is not complete.")
+
+
+def check_is_complete(path: Path) -> None:
+    """Refuses a safetensors file that is cut off, as an interrupted download leaves it."""
+    try:
+        safe_open(path, "pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged or not complete ({error}); download it again.") from None
 
 
 def check_model_type(config: dict, path: Path) -> None:

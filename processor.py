@@ -252,9 +252,9 @@ class AudioFlamingo3Processor:
     audio_token = "<sound>"
     default_transcription_prompt = "Transcribe the input speech."
 
-    def __init__(self, tokenizer: Tokenizer, max_audio_len: int = 600):
+    def __init__(self, tokenizer: Tokenizer, max_audio_len: float = 600):
         self.tokenizer = tokenizer
-        self.max_samples = max(1, max_audio_len // WINDOW_SECONDS) * N_SAMPLES
+        self.max_samples = max(1, int(max_audio_len) // WINDOW_SECONDS) * N_SAMPLES
         self.feature_extractor = SimpleNamespace(  # for the published examples, which read it
             sampling_rate=SAMPLE_RATE, chunk_length=WINDOW_SECONDS
         )
@@ -276,8 +276,8 @@ class AudioFlamingo3Processor:
         elif (folder / "preprocessor_config.json").exists():  # an older file, which is flat
             path = folder / "preprocessor_config.json"
             check_feature_extractor(read_json(path), path)
-        with errors_naming(config_path):
-            max_audio_len = int(config.get("max_audio_len", 600))
+        max_audio_len = config.get("max_audio_len", 600)
+        check_max_audio_len(max_audio_len, config_path)
         return cls(Tokenizer(tokenizer_folder(folder)), max_audio_len)
 
     def __call__(
@@ -385,7 +385,7 @@ class AudioFlamingo3Processor:
         samples = to_float32(samples)
         check_finite(samples, name)
         if len(samples) > self.max_samples:
-            warn_about_length(len(samples) / SAMPLE_RATE, self.max_samples / SAMPLE_RATE)
+            warn_about_length(name, len(samples) / SAMPLE_RATE, self.max_samples / SAMPLE_RATE)
         return torch.from_numpy(samples[: self.max_samples])
 
     def count_audio_frames(self, waveform: Tensor) -> int:
@@ -664,6 +664,11 @@ def check_feature_extractor(config: dict, path: Path) -> None:
                 raise ValueError(f"{key} is {config[key]}; this model's is {value}.")
 
 
+def check_max_audio_len(seconds, path: Path) -> None:
+    if not isinstance(seconds, (int, float)) or not 0 < seconds < 1e6:
+        raise ValueError(f"{path}: max_audio_len is {seconds!r}; seconds above 0 are expected.")
+
+
 def check_merges(merges: list, vocabulary: dict[str, int]) -> None:
     """tiktoken takes ids for ranks, so the merge of rank i must make the token 256 + i."""
     for rank, merge in enumerate(merges):
@@ -675,6 +680,5 @@ def check_merges(merges: list, vocabulary: dict[str, int]) -> None:
 def check_no_long_whitespace(text: str) -> None:
     if re.search(r"\s{100000}", text):
         raise ValueError(
-            "100,000 spaces or line ends in a row are more than the tokenizer's "
-            "regular expression can match."
+            "The text has 100,000 spaces or line ends in a row; leave most of them out."
         )

@@ -18,12 +18,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
+import torch
 from torch import Tensor
 
-from af3 import AudioFlamingo3ForConditionalGeneration
+from af3 import AudioFlamingo3ForConditionalGeneration, check_length
 from load_weights import check_is_file
 from plumbing.audio_file import AUDIO_SUFFIXES
-from plumbing.terminal import Progress, one_line
+from plumbing.terminal import Progress, describe_error
+from plumbing.words import check_is_no_url
 from processor import AudioFlamingo3Processor, Batch, check_plain_prompt
 
 OUTCOMES = ("response", "error")
@@ -39,6 +41,7 @@ class Job(dict):
         super().__init__(entry)
         self.recordings = recordings  # files
         self.prompt = prompt
+        self.choices = entry.get("choices", [])
 
     def is_done(self) -> bool:
         return any(outcome in self for outcome in OUTCOMES)
@@ -70,18 +73,31 @@ def read_jobs(
 
 def read_entries(path: str) -> list:
     """What a JSON array holds, or each line of JSON lines; "-" is standard input."""
-    if path == "-":
-        text = sys.stdin.read()
-    else:
+    if path != "-":
         check_is_file(Path(path))
-        text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
+        content = Path(path).read_bytes()
+    elif sys.stdin is not None:
+        content = sys.stdin.buffer.read()
+    else:
+        raise ValueError("Standard input is closed; JSON lines are expected there.")
+    text = content.decode("utf-8-sig", errors="replace")
     if text.lstrip().startswith("["):
-        with suppress(ValueError, RecursionError):
-            return json.loads(text)
-    entries = [parse_line(line) for line in text.split("\n") if line.strip()]
+        entries = parse_json(text, path)
+    else:
+        entries = []
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                entries.append(parse_json(line, f"{path}: line {number}"))
     if not entries:
         raise ValueError(f"{path}: no entries inside.")
     return entries
+
+
+def parse_json(text: str, place: str):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place}: not valid JSON ({error}).") from None
 
 
 def parse_line(line: str):
@@ -102,20 +118,28 @@ def new_job(entry, prompt: str, fields: dict[str, str], place: str, prompts_file
     audio = entry[audio_field]
     recordings = audio if isinstance(audio, list) else [audio]
     if not recordings or not all(isinstance(name, str) and name for name in recordings):
-        raise ValueError(f'{place}: "{audio_field}" is {audio!r}; a file, or a list, is expected.')
+        raise ValueError(
+            f'{place}: "{audio_field}" is {json.dumps(audio)}; '
+            "a file's name, or a list of names, is expected."
+        )
+    for name in recordings:
+        check_is_no_url(name)
     entry = {**entry}
     entry.setdefault(prompt_field, prompt)
     if not isinstance(entry[prompt_field], str):
-        value = entry[prompt_field]
-        raise ValueError(f'{place}: "{prompt_field}" is {value!r}; text is expected.')
+        value = json.dumps(entry[prompt_field])
+        raise ValueError(f'{place}: "{prompt_field}" is {value}; text is expected.')
     for outcome in OUTCOMES:
         if outcome in entry:
             raise ValueError(f'{place}: it has "{outcome}", the name of what is written.')
     choices = entry.get("choices", [])
-    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
-        raise ValueError(f'{place}: "choices" is {choices!r}; a list of texts is expected.')
+    if not isinstance(choices, list) or not all(
+        choice and isinstance(choice, str) for choice in choices
+    ):
+        value = json.dumps(choices)
+        raise ValueError(f'{place}: "choices" is {value}; a list of texts is expected.')
     recordings = [find_beside(name, prompts_file) for name in recordings]
-    return Job(entry, recordings, with_choices(entry[prompt_field], choices))
+    return Job(entry, recordings, entry[prompt_field])
 
 
 def find_beside(name: str, prompts_file: str) -> str:
@@ -126,12 +150,10 @@ def find_beside(name: str, prompts_file: str) -> str:
     return str(beside) if beside.exists() else name
 
 
-def with_choices(prompt: str, choices: list[str]) -> str:
-    """The prompt and a line "(A) ..." for each choice."""
-    lines = [prompt]
-    for number, choice in enumerate(choices):
-        lines.append(f"({chr(ord('A') + number)}) {choice}")
-    return "\n".join(lines)
+def check_choices(jobs: list[Job]) -> None:
+    for job in jobs:
+        if not job.choices:
+            raise ValueError(f'--choose: the entry {json.dumps(job)} has no "choices".')
 
 
 def files_in(name: str) -> list[str]:
@@ -157,6 +179,7 @@ def answer_jobs(
     model: AudioFlamingo3ForConditionalGeneration,
     batch_size: int = 8,
     progress: Progress | None = None,
+    choose: bool = False,
     **options,
 ) -> Iterator[Job]:
     """The jobs with their "response" or "error", in the order given; options are `generate`'s.
@@ -164,14 +187,18 @@ def answer_jobs(
     The recordings of a few batches are loaded at a time, and those of like length answered
     together, so that little is padded. A job is yielded as soon as it and all before it are done.
     A job that fails does not stop the others.
+    choose: the response is the likeliest of the job's choices, see `likeliest_choice`.
     """
+    if choose:
+        check_choices(jobs)
+        batch_size = 1
     group_size = 4 * batch_size
     done = 0
     for start in range(0, len(jobs), group_size):
         group = jobs[start : start + group_size]
         loaded = load_recordings(group, processor)
         for batch in divide(loaded, batch_size):
-            answer_batch(batch, processor, model, options)
+            answer_batch(batch, processor, model, options, choose)
             if progress:
                 progress.show(start + sum(job.is_done() for job in group))
             while done < len(jobs) and jobs[done].is_done():
@@ -204,7 +231,7 @@ def load_recordings(jobs: list[Job], processor: AudioFlamingo3Processor) -> list
         try:
             loaded.append(([load_one(file, processor) for file in job.recordings], job))
         except (ValueError, OSError, RuntimeError, MemoryError) as error:
-            job["error"] = one_line(error)
+            job["error"] = describe_error(error)
     return loaded
 
 
@@ -228,37 +255,86 @@ def answer_batch(
     processor: AudioFlamingo3Processor,
     model: AudioFlamingo3ForConditionalGeneration,
     options: dict,
+    choose: bool,
 ) -> None:
     """Gives each job its outcome. Where a batch fails, each of its jobs is tried alone."""
     try:
-        inputs = make_inputs(batch, processor).to(model.device)
-        ids = model.generate(**inputs, **options)
-        new_ids = ids[:, inputs["input_ids"].shape[1] :]
-        responses = processor.batch_decode(new_ids, skip_special_tokens=True)
+        if choose:
+            responses = [likeliest_choice(batch[0], processor, model)]
+        else:
+            inputs = make_inputs(batch, processor).to(model.device)
+            ids = model.generate(**inputs, **options)
+            new_ids = ids[:, inputs["input_ids"].shape[1] :]
+            responses = processor.batch_decode(new_ids, skip_special_tokens=True)
         for (_, job), response in zip(batch, responses):
             job["response"] = response
         return
     except (ValueError, MemoryError, RuntimeError) as error:
-        reason = one_line(error)
+        reason = describe_error(error)
     # Not inside `except`, where the error would keep the failed batch's tensors in memory.
     if len(batch) == 1:
         batch[0][1]["error"] = reason
         return
     for pair in batch:
-        answer_batch([pair], processor, model, options)
+        answer_batch([pair], processor, model, options, choose)
 
 
-def make_inputs(batch: list[Loaded], processor: AudioFlamingo3Processor) -> Batch:
+@torch.inference_mode()
+def likeliest_choice(
+    loaded: Loaded,
+    processor: AudioFlamingo3Processor,
+    model: AudioFlamingo3ForConditionalGeneration,
+) -> str:
+    """The choice that the model is likeliest to give as its whole answer to the prompt.
+
+    The prompt does not list the choices. It is read, and its recording encoded, once: then the
+    cache is set back to its end for each choice.
+    """
+    _, job = loaded
+    inputs = make_inputs([loaded], processor, list_choices=False).to(model.device)
+    inputs["attention_mask"] = inputs["attention_mask"].bool()
+    tokenizer = processor.tokenizer
+    answers = [[*tokenizer.encode(choice), processor.end_id] for choice in job.choices]
+    prompt_length = inputs["input_ids"].shape[1]
+    longest = max(len(answer) for answer in answers)
+    check_length(prompt_length, longest, model.config.text_config.max_position_embeddings)
+    cache = model.new_cache(rows=1, capacity=prompt_length + longest)
+    prompt_states = model.prefill(**inputs, cache=cache)
+    log_likelihoods = []
+    for answer in answers:
+        cache.length = prompt_length
+        ids = torch.tensor([answer], device=model.device)  # (1, T)
+        read = ids[:, :-1]  # the last one, the end of the turn, is only predicted
+        states = model.prefill(read, torch.ones_like(read, dtype=torch.bool), cache=cache)
+        states = torch.cat([prompt_states[:, -1:], states], dim=1)
+        log_probabilities = model.language_model.lm_head(states).float().log_softmax(-1)
+        of_answer = log_probabilities.gather(2, ids[..., None])
+        log_likelihoods.append(float(of_answer.sum()))
+    return job.choices[log_likelihoods.index(max(log_likelihoods))]
+
+
+def make_inputs(
+    batch: list[Loaded], processor: AudioFlamingo3Processor, list_choices: bool = True
+) -> Batch:
+    prompts = []
     for _, job in batch:
         check_plain_prompt(job.prompt)
+        prompts.append(with_choices(job.prompt, job.choices) if list_choices else job.prompt)
     waveforms, job = batch[0]
     if len(waveforms) == 1:
-        prompts = [job.prompt for _, job in batch]
         return processor(prompts, [waveforms[0] for waveforms, _ in batch])
     content = [{"type": "audio", "audio": waveform} for waveform in waveforms]
-    content.append({"type": "text", "text": job.prompt})
+    content.append({"type": "text", "text": prompts[0]})
     messages = [{"role": "user", "content": content}]
     return processor.apply_chat_template([messages], add_generation_prompt=True)
+
+
+def with_choices(prompt: str, choices: list[str]) -> str:
+    """The prompt and a line "(A) ..." for each choice."""
+    lines = [prompt]
+    for number, choice in enumerate(choices):
+        lines.append(f"({chr(ord('A') + number)}) {choice}")
+    return "\n".join(lines)
 
 
 # ---- Writing answers, and going on after an interruption ----
@@ -318,7 +394,7 @@ def open_output(path: str, jobs: list[Job]) -> TextIO:
         if isinstance(entry, dict) and not is_failure:
             kept.append(line + "\n")
         elif line.strip() and not is_failure and number < len(lines):
-            raise ValueError(f"{path}: line {number} is no JSON object; is it another file?")
+            raise ValueError(f"{path}: line {number} is not a JSON object; is it another file?")
     new_path = f"{path}.new"
     with open(new_path, "w", encoding="utf-8") as file:
         file.writelines(kept)

@@ -118,6 +118,7 @@ class TerminalChat:
         self.conversation = Conversation(processor, model)
         self.audios = audios  # for the next question
         self.options = options
+        check_room(self.max_new_tokens(), self.conversation.cache.capacity)
         self.quiet = quiet
         self.awaits_line = False
         self.line_is_half_typed = False
@@ -137,7 +138,7 @@ class TerminalChat:
             self.tell(HELP)
         line = first_question
         try:
-            while line != "/quit":
+            while line is None or line.split()[:1] != ["/quit"]:
                 if line is not None:
                     self.obey(line)
                 line = self.read_line()
@@ -190,7 +191,9 @@ class TerminalChat:
             elif command == "/help":
                 print(HELP, file=sys.stderr)
             elif command.startswith("/"):
-                raise ValueError(f"{command} is none of /audio FILE, /reset, /help and /quit.")
+                raise ValueError(
+                    f"{command} is unknown; the commands are /audio FILE, /reset, /help and /quit."
+                )
             elif line:
                 self.ask(line)
         except BrokenPipeError:
@@ -230,6 +233,14 @@ class TerminalChat:
         if "feature_attention_mask" in question:
             self.tell(self.processor.describe_audio(question))
         self.tell(timer.summary())
+
+
+def check_room(max_new_tokens: int, capacity: int) -> None:
+    if max_new_tokens >= capacity:
+        raise ValueError(
+            f"--max-new-tokens is {max_new_tokens}, but the context holds {capacity} tokens, "
+            "questions and answers together."
+        )
 
 
 def file_name(text: str) -> str:

@@ -56,8 +56,8 @@ def load_audio(
     return waveform.numpy()
 
 
-def warn_about_length(seconds: float, max_seconds: float) -> None:
-    warnings.warn(f"{seconds:.1f} s of audio: only the first {max_seconds:.1f} s are heard")
+def warn_about_length(name: str | Path, seconds: float, max_seconds: float) -> None:
+    warnings.warn(f"{name}: {seconds:.1f} s of audio: only the first {max_seconds:.1f} s are heard")
 
 
 def check_is_audio_file(path: Path) -> None:
@@ -66,20 +66,29 @@ def check_is_audio_file(path: Path) -> None:
             raise ValueError(f"{path}: an empty file; a sound file is expected.")
         return
     if path.exists():
-        raise ValueError(f"{path}: a directory or device; a sound file is expected.")
+        raise ValueError(f"{path}: a directory, pipe or device; a sound file is expected.")
     raise FileNotFoundError(f"{path}: no such file; a sound file is expected.")
 
 
 @contextmanager
 def stdin_as_file() -> Iterator[str]:
-    """The name of a temporary file of what is on standard input: ffmpeg must move about in it."""
+    """A temporary file of what is on standard input: ffmpeg must move about in it.
+
+    Errors and warnings that name the file are made to say "standard input".
+    """
     if sys.stdin is None:
         raise ValueError("Standard input is closed; a recording is expected there.")
     with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "standard input")
+        path = os.path.join(folder, "recording")
         with open(path, "wb") as file:
             shutil.copyfileobj(sys.stdin.buffer, file)
-        yield path
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                yield path
+        except ValueError as error:
+            raise ValueError(str(error).replace(path, "standard input")) from None
+    for warning in caught:
+        warnings.warn(str(warning.message).replace(path, "standard input"))
 
 
 # ---- WAV ----
@@ -98,7 +107,8 @@ SAMPLE_TYPES = {
     (FLOAT, 64): "<f8",
 }
 
-# A program that writes a WAV into a pipe cannot go back to fill in the size. It leaves about 4 GB.
+# A program that writes a WAV into a pipe cannot go back to fill in the size. It leaves about 4 GB,
+# or 0, as one does that is killed while it records.
 UNKNOWN_SIZE = 0xFFFFFF00
 
 
@@ -127,11 +137,11 @@ def read_wav(
     waveform = torch.cat([*resampled, torch.zeros(0)])
     if parts.is_cut_off():
         warnings.warn(
-            f"{path}: cut off, {parts.seconds_read():.1f} s of {header.seconds():.1f} s are there."
+            f"{path}: cut off: only {parts.seconds_read():.1f} s of {header.seconds():.1f} s are there."
         )
     if max_seconds is not None and parts.seconds_read() > max_seconds:
         seconds = header.seconds() if header.size_is_known() else duration_by_ffmpeg(path)
-        warn_about_length(max(seconds, parts.seconds_read()), max_seconds)
+        warn_about_length(path, max(seconds, parts.seconds_read()), max_seconds)
         waveform = waveform[: round(max_seconds * sampling_rate)].clone()  # frees the rest
     return waveform
 
@@ -207,7 +217,7 @@ def read_header(file: BinaryIO) -> Header | None:
         return None
     if channels == 0:
         return None
-    return Header(rate, channels, SAMPLE_TYPES[code, bits], frame_bytes, data_size=size)
+    return Header(rate, channels, SAMPLE_TYPES[code, bits], frame_bytes, size or UNKNOWN_SIZE)
 
 
 def check_rate(rate: int, path: Path) -> None:
@@ -266,17 +276,21 @@ def read_with_ffmpeg(path: Path, sampling_rate: int, max_seconds: float | None) 
                 f"{path}: not a plain WAV file, and ffmpeg, which reads the others, "
                 "is not installed."
             ) from None
+        except OSError as error:
+            raise ValueError(f"{path}: ffmpeg cannot be run ({error.strerror}).") from None
         with process:
             waveform = read_wav(process.stdout, path, sampling_rate, max_seconds)
         messages.seek(0)
         errors = messages.read().decode(errors="replace").strip().splitlines()
     reason = "no audio inside"
+    if process.returncode != 0:  # negative where a signal has killed it
+        reason = f"ffmpeg ended with status {process.returncode}"
     if errors:
         reason = errors[0].replace(f"file:{path.absolute()}: ", "")
         reason = re.sub(r" @ 0x[0-9a-f]+", "", reason)  # addresses in ffmpeg's memory
     if waveform is None:
         raise ValueError(f"{path}: no audio that ffmpeg can read ({reason}).")
-    if errors:  # ffmpeg's status is 0 for a truncated file
+    if errors or process.returncode != 0:  # the status is 0 for a truncated file
         warnings.warn(f"{path}: read as far as possible ({reason}).")
     return waveform
 

@@ -29,21 +29,37 @@ def one_line(message: object) -> str:
 
 
 def prepare_streams() -> None:
-    """Makes printing safe: closed streams, characters that the encoding lacks, warnings."""
+    """Makes printing safe: closed streams, characters that the encoding lacks, warnings.
+
+    A warning is printed each time. By default Python shows the same one only once.
+    """
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w")
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")
     sys.stdout.reconfigure(errors="backslashreplace")
     warnings.showwarning = print_warning
+    warnings.simplefilter("always", UserWarning)
 
 
 def print_warning(message, *_) -> None:
-    print(f"warning: {one_line(message)}", file=sys.stderr)
+    with suppress(OSError):  # stderr may be full or closed
+        print(f"warning: {one_line(message)}", file=sys.stderr)
 
 
 def print_error(error: Exception) -> None:
-    print(f"error: {one_line(error)}", file=sys.stderr)
+    with suppress(OSError):
+        print(f"error: {describe_error(error)}", file=sys.stderr)
+
+
+def describe_error(error: Exception) -> str:
+    """The error in one line, without Python's "[Errno 13]"."""
+    reason = getattr(error, "strerror", None)
+    if reason is None:
+        return one_line(error)
+    if error.filename is None:  # nothing but writing gives such an error
+        return one_line(f"what is printed cannot be written: {reason}")
+    return one_line(f"{error.filename}: {reason}")
 
 
 @contextmanager
@@ -73,7 +89,7 @@ def has_256_colours() -> bool:
 def exit_on_interrupt(end_line: bool = True) -> None:
     """From now on Ctrl-C ends the program at once, with status 130 and no traceback.
 
-    end_line: ends the line that has been printed so far.
+    end_line: ends the line that has been printed so far. In a terminal there always is one, ^C.
     """
 
     def interrupt(*_) -> None:
@@ -83,10 +99,22 @@ def exit_on_interrupt(end_line: bool = True) -> None:
 
 
 def exit_interrupted(end_line: bool = True) -> None:
-    if end_line:
+    if end_line or os.isatty(1):
         with suppress(OSError):  # stdout may be closed or full
             os.write(1, b"\n")
     os._exit(INTERRUPTED)
+
+
+@contextmanager
+def clean_up_on_interrupt() -> Iterator[None]:
+    """Inside, Ctrl-C ends the program only after files have been closed and removed."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        exit_interrupted(end_line=False)
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 # ---- Answers and progress ----
@@ -137,7 +165,7 @@ class StepTimer:
     def summary(self) -> str:
         count = len(self.seconds)
         first = self.seconds[0]
-        text = f"said {count} tokens: the first after {first:.2f} s"
+        text = f"said {count} token{'s' * (count > 1)}: the first after {first:.2f} s"
         if count > 1:
             rate = (count - 1) / (self.seconds[-1] - first)
             text += f", then {rate:.1f} tokens/s"

@@ -11,12 +11,13 @@ STDIN = "-"  # the name of a recording that is read from standard input
 def split_words(
     words: list[str], suffixes: Collection[str], may_be_prompt: bool
 ) -> tuple[list[str], str | None]:
-    """The recordings and the prompt: a last word that is no file, or None.
+    """The recordings and the prompt: the last word, if it is not a file; else None.
 
     suffixes: those of sound files. may_be_prompt: a word that stands alone may be the prompt.
     Raises ValueError, with what to write instead, where the words can be read in another way.
     """
     for word in words:
+        check_is_not_empty(word)
         check_is_no_url(word)
     recordings = [word for word in words if is_recording(word)]
     others = [word for word in words if not is_recording(word)]
@@ -29,12 +30,12 @@ def split_words(
     if len(others) > 1:
         prompt = " ".join(others)
         raise ValueError(
-            f"{others[0]!r} and {others[1]!r} are no files, and only one prompt is expected; "
+            f"{others[0]!r} and {others[1]!r} are not files, and only one prompt is expected; "
             f'put it in quotes: "{prompt}".'
         )
     if words[-1] != others[0]:
         raise ValueError(
-            f"{others[0]!r} is no file; the recordings come first, and then the prompt: "
+            f"{others[0]!r} is not a file; the recordings come first, and then the prompt: "
             f'{" ".join(recordings)} "{others[0]}".'
         )
     return recordings, others[0]
@@ -43,6 +44,11 @@ def split_words(
 def is_recording(word: str) -> bool:
     """Whether it is standard input, or there is a file or folder of that name."""
     return word == STDIN or os.path.exists(word)
+
+
+def check_is_not_empty(word: str) -> None:
+    if not word.strip():
+        raise ValueError("A recording's name or the prompt is empty.")
 
 
 def check_is_no_url(word: str) -> None:
