@@ -714,7 +714,7 @@ def check_device(device: str | torch.device) -> None:
         usable = False
     if not usable:
         raise ValueError(
-            f"device is {str(device)!r}, which PyTorch cannot use on this machine; "
+            f"device is {str(device)!r}, which PyTorch cannot use here; "
             "auto, cpu, cuda or mps is expected, and auto is always right."
         )
 

@@ -262,7 +262,8 @@ def read_recording(
 def answer_one(args: argparse.Namespace, recording: str, prompt: str, options: dict) -> None:
     processor = AudioFlamingo3Processor.from_pretrained(args.model)
     waveform = read_recording(args, processor, recording)
-    inputs = processor.apply_transcription_request(waveform, prompt)
+    with terminal.memory_hint(SHORTER_HINT):
+        inputs = processor.apply_transcription_request(waveform, prompt)
     model = load_model(args)
     terminal.exit_on_interrupt()
     timer = terminal.StepTimer()

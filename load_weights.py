@@ -306,10 +306,10 @@ def errors_naming(path: Path) -> Iterator[None]:
 
 
 def shorten(message: str) -> str:
-    """A message in one line: of many tensors that are wrong, only the first."""
+    """A message in one line: of many tensors that are wrong, only the first few."""
     lines = message.splitlines()
-    if len(lines) > 3:
-        lines = [*lines[:2], f"... and {len(lines) - 2} more."]
+    if len(lines) > 6:
+        lines = [*lines[:3], f"... and {len(lines) - 3} more."]
     return " ".join(" ".join(line.split())[:500] for line in lines)
 
 

@@ -385,7 +385,7 @@ class AudioFlamingo3Processor:
         samples = to_float32(samples)
         check_finite(samples, name)
         if len(samples) > self.max_samples:
-            warn_about_length(name, len(samples) / SAMPLE_RATE, self.max_samples / SAMPLE_RATE)
+            warn_about_length(len(samples) / SAMPLE_RATE, self.max_samples / SAMPLE_RATE)
         return torch.from_numpy(samples[: self.max_samples])
 
     def count_audio_frames(self, waveform: Tensor) -> int:
@@ -680,5 +680,5 @@ def check_merges(merges: list, vocabulary: dict[str, int]) -> None:
 def check_no_long_whitespace(text: str) -> None:
     if re.search(r"\s{100000}", text):
         raise ValueError(
-            "The text has 100,000 spaces or line ends in a row; leave most of them out."
+            "100,000 spaces or line ends in a row are more than the tokenizer can split; leave some out."
         )

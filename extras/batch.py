@@ -123,7 +123,7 @@ def new_job(entry, prompt: str, fields: dict[str, str], place: str, prompts_file
             "a file's name, or a list of names, is expected."
         )
     for name in recordings:
-        check_is_no_url(name)
+        check_is_no_url(name, f"{place}: ")
     entry = {**entry}
     entry.setdefault(prompt_field, prompt)
     if not isinstance(entry[prompt_field], str):

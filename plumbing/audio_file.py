@@ -56,8 +56,8 @@ def load_audio(
     return waveform.numpy()
 
 
-def warn_about_length(name: str | Path, seconds: float, max_seconds: float) -> None:
-    warnings.warn(f"{name}: {seconds:.1f} s of audio: only the first {max_seconds:.1f} s are heard")
+def warn_about_length(seconds: float, max_seconds: float) -> None:
+    warnings.warn(f"{seconds:.1f} s of audio: only the first {max_seconds:.1f} s are heard")
 
 
 def check_is_audio_file(path: Path) -> None:
@@ -66,7 +66,7 @@ def check_is_audio_file(path: Path) -> None:
             raise ValueError(f"{path}: an empty file; a sound file is expected.")
         return
     if path.exists():
-        raise ValueError(f"{path}: a directory, pipe or device; a sound file is expected.")
+        raise ValueError(f"{path}: a directory or device; a sound file is expected.")
     raise FileNotFoundError(f"{path}: no such file; a sound file is expected.")
 
 
@@ -141,7 +141,7 @@ def read_wav(
         )
     if max_seconds is not None and parts.seconds_read() > max_seconds:
         seconds = header.seconds() if header.size_is_known() else duration_by_ffmpeg(path)
-        warn_about_length(path, max(seconds, parts.seconds_read()), max_seconds)
+        warn_about_length(max(seconds, parts.seconds_read()), max_seconds)
         waveform = waveform[: round(max_seconds * sampling_rate)].clone()  # frees the rest
     return waveform
 

@@ -17,7 +17,6 @@ def split_words(
     Raises ValueError, with what to write instead, where the words can be read in another way.
     """
     for word in words:
-        check_is_not_empty(word)
         check_is_no_url(word)
     recordings = [word for word in words if is_recording(word)]
     others = [word for word in words if not is_recording(word)]
@@ -26,7 +25,7 @@ def split_words(
     if not others:
         return recordings, None
     if not recordings and not may_be_prompt:
-        raise FileNotFoundError(f"{others[0]}: no such file; a sound file is expected.")
+        raise FileNotFoundError(f"{others[0] or repr('')}: no such file; a sound file is expected.")
     if len(others) > 1:
         prompt = " ".join(others)
         raise ValueError(
@@ -46,14 +45,9 @@ def is_recording(word: str) -> bool:
     return word == STDIN or os.path.exists(word)
 
 
-def check_is_not_empty(word: str) -> None:
-    if not word.strip():
-        raise ValueError("A recording's name or the prompt is empty.")
-
-
-def check_is_no_url(word: str) -> None:
+def check_is_no_url(word: str, place: str = "") -> None:
     if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://\S+$", word):
-        raise ValueError(f"{word}: a URL; only files are read, so download it first.")
+        raise ValueError(f"{place}{word}: a URL; only files are read, so download it first.")
 
 
 def check_is_no_missing_file(word: str, suffixes: Collection[str]) -> None:

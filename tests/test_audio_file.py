@@ -36,7 +36,7 @@ def test_a_truncated_wav_gives_the_samples_it_has_with_a_warning(tmp_path):
     whole = wav_bytes(sound(16000)[:, None])
     path = tmp_path / "cut.wav"
     path.write_bytes(whole[:-16001])
-    with pytest.warns(UserWarning, match=r"cut\.wav: cut off, 0\.5 s of 1\.0 s are there"):
+    with pytest.warns(UserWarning, match=r"cut\.wav: cut off: only 0\.5 s of 1\.0 s are there"):
         assert len(load_audio(path)) == 7999
 
 
@@ -114,6 +114,17 @@ def test_no_more_than_the_wanted_seconds_are_read(tmp_path):
         waveform = load_audio(path, max_seconds=20)
     assert len(waveform) == 20 * 16000
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 50_000
+
+
+def test_an_ffmpeg_that_is_killed_is_not_taken_for_the_end_of_the_recording(tmp_path, monkeypatch):
+    whole = write_wav(tmp_path / "whole.wav", sound(8000))
+    killed = tmp_path / "ffmpeg"
+    killed.write_text(f"#!/bin/sh\ncat {whole}\nkill -9 $$\n")
+    killed.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    (tmp_path / "a.mp3").write_bytes(b"not read by this ffmpeg")
+    with pytest.warns(UserWarning, match="read as far as possible .ffmpeg ended with status -9"):
+        assert len(load_audio(tmp_path / "a.mp3")) == 8000
 
 
 def test_a_long_mp3_is_read_in_part_and_its_whole_length_is_said(tmp_path, ffmpeg):

@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import generate
-from af3 import AudioFlamingo3ForConditionalGeneration
+from af3 import AudioFlamingo3Encoder, AudioFlamingo3ForConditionalGeneration
 from extras.batch import answer_jobs, read_jobs
 from processor import AudioFlamingo3Processor
 from programs import PROGRAM, Terminal, start_generate
@@ -216,9 +217,22 @@ def test_an_array_is_read_like_lines(run_lines, clip, tmp_path):
     assert [job["prompt"] for job in jobs] == ["Hi", "Who?"]
 
 
+def stdin_of(text: str) -> io.TextIOWrapper:
+    """Standard input in an encoding that is not the text's own, which is UTF-8."""
+    return io.TextIOWrapper(io.BytesIO(text.encode()), encoding="latin-1")
+
+
 def test_entries_are_read_from_standard_input(run_lines, clip, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps({"audio": clip}) + "\n"))
-    assert len(run_lines("--prompts", "-", *ONE_TOKEN)) == 1
+    monkeypatch.setattr(sys, "stdin", stdin_of(json.dumps({"audio": clip, "prompt": "Hörst du?"})))
+    (job,) = run_lines("--prompts", "-", *ONE_TOKEN)
+    assert job["prompt"] == "Hörst du?"
+
+
+def test_closed_standard_input_is_refused(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    status, _, err = run("--prompts", "-")
+    assert status == 2
+    assert "Standard input is closed" in err
 
 
 def test_a_file_is_looked_up_beside_the_entries_first(run_lines, clip, tmp_path, monkeypatch):
@@ -248,16 +262,77 @@ def test_choices_are_lines_of_the_prompt(run_lines, clip, tmp_path):
     assert job["prompt"] == "Which?"
 
 
+def test_choose_answers_with_the_likeliest_choice(run_lines, clip, tmp_path, model, processor):
+    choices = ["rain", "a dog that barks", "seven"]
+    entry = {"audio": clip, "prompt": "What is this?", "choices": choices}
+    prompts = write_lines(tmp_path / "in.jsonl", [entry])
+    (job,) = run_lines("--prompts", prompts, "--choose")
+
+    # The same from whole sequences, each read anew.
+    log_likelihoods = []
+    for choice in choices:
+        answer = [*processor.tokenizer.encode(choice), processor.end_id]
+        batch = processor("What is this?", [clip])
+        ids = torch.cat([batch["input_ids"], torch.tensor([answer])], dim=1)
+        batch["input_ids"] = ids
+        batch["attention_mask"] = torch.ones_like(ids)
+        scores = model(**batch).logits[0, -len(answer) - 1 : -1].log_softmax(-1)
+        log_likelihoods.append(float(scores[range(len(answer)), answer].sum()))
+    best = max(range(3), key=lambda number: log_likelihoods[number])
+    assert job["response"] == choices[best]
+    assert job["prompt"] == "What is this?"
+
+
+def test_choose_encodes_a_recording_once(run_lines, clip, tmp_path, monkeypatch):
+    encoded = []
+    forward = AudioFlamingo3Encoder.forward
+
+    def noting_forward(self, *arguments):
+        encoded.append(1)
+        return forward(self, *arguments)
+
+    monkeypatch.setattr(AudioFlamingo3Encoder, "forward", noting_forward)
+    entry = {"audio": clip, "prompt": "Which?", "choices": ["rain", "wind", "thunder"]}
+    run_lines("--prompts", write_lines(tmp_path / "in.jsonl", [entry]), "--choose")
+    assert len(encoded) == 1
+
+
+def test_choose_needs_choices(run, clip, tmp_path):
+    prompts = write_lines(tmp_path / "in.jsonl", [{"audio": clip, "prompt": "Which?"}])
+    status, _, err = run("--prompts", prompts, "--choose")
+    assert status == 2
+    assert 'has no "choices"' in err
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        ('{"audio": "a.wav"}\nno JSON\n', "in.jsonl: line 2: not valid JSON"),
+        ('[{"audio": "a.wav"}', "in.jsonl: not valid JSON"),
+        ("[]", "in.jsonl: no entries inside"),
+        ("\n", "in.jsonl: no entries inside"),
+    ],
+)
+def test_a_file_that_is_not_json_is_refused(run, tmp_path, content, reason):
+    prompts = tmp_path / "in.jsonl"
+    prompts.write_text(content)
+    status, out, err = run("--prompts", prompts)
+    assert (status, out) == (2, "")
+    assert reason in err
+
+
 @pytest.mark.parametrize(
     "line, reason",
     [
-        ("no JSON", "a JSON object is expected"),
-        ("[]", "a JSON object is expected"),
+        ("7", "a JSON object is expected"),
         ('{"prompt": "Hi"}', 'it has no "audio"'),
         ('{"audio": 7}', '"audio" is 7'),
         ('{"audio": []}', '"audio" is []'),
+        ('{"audio": "https://a.b/c.wav"}', "https://a.b/c.wav: a URL"),
         ('{"audio": "a.wav", "prompt": 7}', '"prompt" is 7'),
-        ('{"audio": "a.wav", "choices": "rain"}', "\"choices\" is 'rain'"),
+        ('{"audio": "a.wav", "choices": "rain"}', '"choices" is "rain"'),
+        ('{"audio": "a.wav", "choices": [""]}', '"choices" is [""]'),
+        ('{"audio": "a.wav", "prompt": null}', '"prompt" is null'),
         ('{"audio": "a.wav", "response": "mine"}', 'it has "response"'),
     ],
 )
@@ -342,7 +417,7 @@ def test_when_everything_is_answered_no_model_is_loaded(
     monkeypatch.setattr(generate, "load_model", None)
     status, out, err = run(clip, clip, "Hi", *ONE_TOKEN, "--resume", earlier)
     assert (status, out) == (0, "")
-    assert err.startswith("answered 0 of 0 (and 2 before)")
+    assert err.startswith("nothing left to answer")
 
 
 def test_an_output_that_was_cut_off_within_a_line_can_be_appended_to(clip, micro, tmp_path):
@@ -414,7 +489,7 @@ def test_a_file_of_another_kind_is_not_overwritten(run, clip, tmp_path):
     output.write_text("dear diary\nsecond line\n")
     status, _, err = run(clip, "Hi", *ONE_TOKEN, "--output", output)
     assert status == 2
-    assert "notes.txt: line 1 is no JSON object" in err
+    assert "notes.txt: line 1 is not a JSON object" in err
     assert output.read_text() == "dear diary\nsecond line\n"
 
 

@@ -301,7 +301,7 @@ def test_ctrl_c_before_the_first_token_ends_only_the_answer(run_chat, clip, monk
     monkeypatch.setattr(model_class, "prefill", interrupted_prefill)
     status, out, err = run_chat(clip, "--max-new-tokens", 900, lines=["What?", "And?", "/quit"])
     assert status == 0
-    assert err.count("said 1 tokens: ") == 2
+    assert err.count("said 1 token: ") == 2
     assert out.count("\n") == 2
 
 

@@ -2,14 +2,16 @@
 status of 0, 2 or 130."""
 
 import os
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 
 import generate
 from conftest import TINY
+from programs import PROGRAM, interrupt_until_it_ends, start_generate
 from programs import generate as run_program
-from programs import interrupt_until_it_ends, start_generate
 
 # The arguments after each sample in tiny/, and the answer.
 SAMPLES = {
@@ -62,7 +64,7 @@ def test_a_recording_is_read_from_standard_input():
 def test_standard_input_is_refused_among_other_recordings(run, clip):
     status, out, err = run("-", clip, "Hi")
     assert (status, out) == (2, "")
-    assert "only if it is the only one" in err
+    assert "answered only by itself" in err
 
 
 def test_a_small_model_runs_on_one_thread_unless_the_user_said_otherwise(run, clip, monkeypatch):
@@ -175,6 +177,32 @@ def test_too_little_memory_is_reported_with_what_to_do(run, clip, monkeypatch):
     assert status == 2
     assert err.startswith("error: out of memory; shorten the audio")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, reason",
+    [
+        (["--explain", "--batch-size", 2], "--batch-size is only for JSON lines"),
+        (["--chat", "--output", "a.jsonl"], "--output is only for JSON lines"),
+        (["--choose"], "--choose is only for --prompts"),
+        (["--fields", "audio=file"], "--fields is only for --prompts"),
+        (["--prompts", ""], "--prompts is empty"),
+        (["--chat", "--max-new-tokens", 10**6], "--max-new-tokens is 1000000, but the context"),
+    ],
+)
+def test_an_option_without_effect_is_refused(run, clip, arguments, reason):
+    status, out, err = run(clip, *arguments)
+    assert (status, out) == (2, "")
+    assert reason in err
+
+
+def test_an_answer_does_not_fail_where_a_warning_cannot_be_printed(clip, micro):
+    cut = Path(clip).with_name("cut.wav")
+    cut.write_bytes(Path(clip).read_bytes()[:-1000])
+    with open("/dev/full", "w") as full:
+        arguments = [str(cut), "Hi", "--model", str(micro), "--max-new-tokens", "2"]
+        process = subprocess.run([*PROGRAM, *arguments, "--quiet"], stderr=full)
+    assert process.returncode == 0
 
 
 # ---- Ctrl-C ----

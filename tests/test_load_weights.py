@@ -236,7 +236,7 @@ def test_a_truncated_shard_is_named(spoilt):
 def test_a_missing_shard_is_named(spoilt):
     write_sharded(spoilt)
     (spoilt / "model-00002-of-00002.safetensors").unlink()
-    message = r"No such file or directory: .*model-00002-of-00002\.safetensors"
+    message = r"model-00002-of-00002\.safetensors: no such file"
     with pytest.raises(ValueError, match=message):
         from_pretrained(spoilt)
 

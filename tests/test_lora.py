@@ -202,7 +202,7 @@ def test_a_missing_and_a_truncated_file_are_named(checkpoint, file):
     with pytest.raises(ValueError, match=file):
         load_merged(checkpoint)
     path.unlink()
-    with pytest.raises(ValueError, match=file):
+    with pytest.raises((ValueError, FileNotFoundError), match=file):
         load_merged(checkpoint)
 
 

@@ -44,7 +44,10 @@ def test_files_come_first_and_then_the_prompt(files, words, recordings, prompt):
         (["a.wav", "gone.wav"], "gone.wav: no such file; a sound file is expected."),
         (["gone.wav", "What?"], "gone.wav: no such file; a sound file is expected."),
         (["a.wav", "b b.mp3"], "If it is the prompt, end it with a question mark."),
-        (["What?", "a.wav"], "'What?' is no file; the recordings come first, and then the prompt"),
+        (
+            ["What?", "a.wav"],
+            "'What?' is not a file; the recordings come first, and then the prompt",
+        ),
         (["What?", "a.wav"], ': a.wav "What?".'),
         (["a.wav", "What", "is", "it?"], 'put it in quotes: "What is it?".'),
         (["https://a.b/c.wav"], "https://a.b/c.wav: a URL; only files are read, so download it"),
