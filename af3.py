@@ -5,6 +5,7 @@ The sections follow a recording on its way to the first word of the answer:
     Configuration     the sizes of the official model
     Frame counts      how many frames a window has at each stage
     Encoder           log-mel windows -> audio frames
+    Rotary time       audio frames that know when they were heard; not in Audio Flamingo 3
     Projector         audio frames -> the decoder's width
     Decoder           embeddings -> hidden states, with a key-value cache
     Next token        logits -> one new id for each row
@@ -22,12 +23,16 @@ Audio Flamingo 3 is put together from parts that you may know. What differs from
     Qwen2-7B          The decoder is Qwen2's without a change, but for a few added tokens, such as
                       <sound>. Each <sound> in the prompt is replaced by one audio frame.
 
+Music Flamingo and Audio Flamingo Next, its newer siblings, have the same tensors. Between encoder
+and projector they have one step more, the rotary time embedding.
+
 Letters in shapes: B rows of a batch, T tokens, W windows, C conv frames, A audio frames,
 H hidden size, D size of an attention head, V vocabulary.
 Modules are named as the tensors of nvidia/audio-flamingo-3-hf are, so `load_state_dict` finds
 them; load_weights.py renames those of the other published layout.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from types import SimpleNamespace
@@ -67,18 +72,32 @@ class Qwen2Config:
 
 
 @dataclass
+class RotaryTimeConfig:
+    """Of Music Flamingo and Audio Flamingo Next; the names are those of config.json's top level."""
+
+    rope_theta: float = 1200.0  # base of the frequencies, and the period that positions are part of
+    partial_rotary_factor: float = 0.2  # angles for each channel; one angle rotates two channels
+    audio_frame_step: float = 0.01  # seconds from one mel frame to the next
+
+
+@dataclass
 class AudioFlamingo3Config:
     audio_config: AudioFlamingo3EncoderConfig = field(default_factory=AudioFlamingo3EncoderConfig)
     text_config: Qwen2Config = field(default_factory=Qwen2Config)
     audio_token_id: int = 151669  # <sound>
+    rotary_time_config: RotaryTimeConfig | None = None  # Audio Flamingo 3 has none
 
     @classmethod
     def from_dict(cls, config: dict) -> "AudioFlamingo3Config":
         """From the plain dictionaries of `load_weights.read_config`."""
+        rotary_time_config = None
+        if config["rotary_time_config"] is not None:
+            rotary_time_config = from_known_keys(RotaryTimeConfig, config["rotary_time_config"])
         return cls(
             audio_config=from_known_keys(AudioFlamingo3EncoderConfig, config["audio_config"]),
             text_config=from_known_keys(Qwen2Config, config["text_config"]),
             audio_token_id=config["audio_token_id"],
+            rotary_time_config=rotary_time_config,
         )
 
 
@@ -210,6 +229,57 @@ def new_embedding(rows: int, width: int) -> nn.Embedding:
     `from_pretrained` builds the model, because it imports the compiler.
     """
     return nn.Embedding.from_pretrained(torch.zeros(rows, width), freeze=False)
+
+
+# ---- Rotary time: audio frames that know when they were heard ----
+
+
+class RotaryTimeEmbedding(nn.Module):
+    """Rotates pairs of channels of each audio frame by angles that grow with its time.
+
+    Only Music Flamingo and Audio Flamingo Next have it, so that their decoder can tell when in a
+    long recording something is heard. It has no weights.
+    """
+
+    def __init__(self, config: RotaryTimeConfig, audio_config: AudioFlamingo3EncoderConfig):
+        super().__init__()
+        self.period = config.rope_theta
+        self.num_angles = int(audio_config.hidden_size * config.partial_rotary_factor)
+        self.frame_seconds = config.audio_frame_step * 4  # 0.04: conv2 halves, and so does the pool
+        self.window_frames = audio_config.max_source_positions // 2  # 750, also in a short window
+
+    def forward(self, x: Tensor, window_index: Tensor) -> Tensor:
+        """x (W, A, H), rotated; window_index (W,) is 0 for the first window of a recording."""
+        # In float64, as the official code does it. MPS has no float64.
+        dtype = torch.float32 if x.device.type == "mps" else torch.float64
+        angles = self.angles(window_index, x.shape[1])  # (W, A, d)
+        cos = angles.cos().to(dtype)
+        sin = angles.sin().to(dtype)
+        width = 2 * angles.shape[-1]  # the channels from here on stay as they are
+        pairs = x[..., :width].to(dtype).unflatten(-1, (-1, 2))  # of neighbours: (W, A, d, 2)
+        first, second = pairs.unbind(-1)
+        rotated = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        return torch.cat([rotated.flatten(-2).to(x.dtype), x[..., width:]], dim=-1)
+
+    def angles(self, window_index: Tensor, audio_frames: int) -> Tensor:
+        """Radians (W, A, d): the frame's window and its place there, both times its seconds.
+
+        They reach tens of thousands, of which float32 keeps two or three decimals. The model was
+        trained with just these, so another order of the operations gives another embedding.
+        """
+        device = window_index.device
+        exponents = torch.arange(0, self.num_angles, 2, device=device).float() / self.num_angles
+        frequencies = 1.0 / self.period**exponents  # (d / 2,)
+        frames = torch.arange(audio_frames, device=device).float()
+        starts = window_index[:, None] * self.window_frames * self.frame_seconds  # (W, 1)
+        seconds = starts + frames * self.frame_seconds  # (W, A)
+
+        by_window = (window_index[:, None] / self.period) * frequencies  # (W, d / 2)
+        by_frame = (frames[:, None] / self.period * (2 * math.pi)) * frequencies  # (A, d / 2)
+        by_window = by_window[:, None].expand(-1, audio_frames, -1)
+        by_frame = by_frame[None].expand(len(window_index), -1, -1)
+        turns = -seconds * 2 * math.pi
+        return torch.cat([by_window, by_frame], dim=-1) * turns[..., None]
 
 
 # ---- Projector: audio frames -> the decoder's width ----
@@ -474,6 +544,9 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
         self.config = config
         self.generation_config = GenerationConfig()
         self.audio_tower = AudioFlamingo3Encoder(config.audio_config)
+        self.rotary_time = None
+        if config.rotary_time_config is not None:
+            self.rotary_time = RotaryTimeEmbedding(config.rotary_time_config, config.audio_config)
         self.multi_modal_projector = AudioFlamingo3MultiModalProjector(audio_size, text_size)
         self.language_model = nn.ModuleDict(
             {
@@ -523,13 +596,21 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.language_model.model.embed_tokens.weight.dtype
 
-    def get_audio_features(self, input_features: Tensor, feature_attention_mask: Tensor) -> Tensor:
+    def get_audio_features(
+        self,
+        input_features: Tensor,
+        feature_attention_mask: Tensor,
+        window_index: Tensor | None = None,
+    ) -> Tensor:
         """Projected audio frames (sum of A, H): the real ones of all windows, in order."""
+        check_window_index(window_index, input_features, needed=self.rotary_time is not None)
         mel_frames = feature_attention_mask.sum(-1)  # (W,)
         _, audio_frames = frame_counts(mel_frames)
         real_frames = {}
         for windows in group_by_length(mel_frames):
             encoded = self.audio_tower(input_features[windows], feature_attention_mask[windows])
+            if self.rotary_time is not None:
+                encoded = self.rotary_time(encoded, window_index[windows])
             for window, states in zip(windows.tolist(), encoded):
                 real_frames[window] = states[: audio_frames[window]]
         in_order = [real_frames[window] for window in range(len(mel_frames))]
@@ -550,6 +631,7 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
         attention_mask,
         input_features=None,
         feature_attention_mask=None,
+        window_index=None,
         cache=None,
     ):
         """Hidden states (B, T, H) of a prompt, which may follow what the cache holds.
@@ -558,7 +640,9 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
         """
         audio_frames = None
         if input_features is not None:
-            audio_frames = self.get_audio_features(input_features, feature_attention_mask)
+            audio_frames = self.get_audio_features(
+                input_features, feature_attention_mask, window_index
+            )
         x = self.splice(input_ids, audio_frames)
 
         # Padding may stand on either side. It is moved to the right of each row, where causal
@@ -600,6 +684,7 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
         attention_mask=None,
         input_features=None,
         feature_attention_mask=None,
+        window_index=None,
         labels=None,
         input_features_mask=None,
     ):
@@ -607,14 +692,17 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
 
         input_ids, attention_mask: (B, T), padded left or right. input_features (W, mel bins, mel
         frames), feature_attention_mask (W, mel frames): the windows of all rows, in order.
-        transformers calls the last one input_features_mask; either name will do.
+        transformers calls the last one input_features_mask; either name will do. window_index
+        (W,): for Music Flamingo and Audio Flamingo Next, the place of each window in its recording.
         The loss is the mean cross-entropy of next tokens whose label is not -100, in float32.
         """
         attention_mask = check_attention_mask(attention_mask, input_ids)
         feature_attention_mask = check_feature_mask(
             input_features, feature_attention_mask, input_features_mask
         )
-        x = self.prefill(input_ids, attention_mask, input_features, feature_attention_mask)
+        x = self.prefill(
+            input_ids, attention_mask, input_features, feature_attention_mask, window_index
+        )
         logits = self.language_model.lm_head(x)
         loss = None
         if labels is not None:
@@ -631,6 +719,7 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
         attention_mask=None,
         input_features=None,
         feature_attention_mask=None,
+        window_index=None,
         cache=None,
         past_ids=None,
         input_features_mask=None,
@@ -656,7 +745,9 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
         else:
             check_length(cache.length + tokens, options.max_new_tokens, cache.capacity)
 
-        x = self.prefill(input_ids, attention_mask, input_features, feature_attention_mask, cache)
+        x = self.prefill(
+            input_ids, attention_mask, input_features, feature_attention_mask, window_index, cache
+        )
         position = torch.arange(tokens, device=x.device)
         last = (position * attention_mask).argmax(-1)  # (B,), each row's last real token
         x = x[torch.arange(rows, device=x.device), last]  # (B, H)
@@ -689,6 +780,10 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
         """An empty cache for `capacity` tokens in each row."""
         config = self.config.text_config
         return KeyValueCache(config, rows, capacity, self.dtype, self.device)
+
+
+# transformers' name for this network where it has the rotary time embedding.
+MusicFlamingoForConditionalGeneration = AudioFlamingo3ForConditionalGeneration
 
 
 # ---- Checks: a ValueError in one line that names the culprit and the remedy ----
@@ -759,6 +854,14 @@ def check_feature_mask(input_features, mask: Tensor | None, mask_by_other_name: 
     if (input_features is None) != (mask is None):
         raise ValueError("input_features and feature_attention_mask are expected together.")
     return mask
+
+
+def check_window_index(window_index: Tensor | None, input_features: Tensor, needed: bool) -> None:
+    if needed and (window_index is None or len(window_index) != len(input_features)):
+        raise ValueError(
+            "This model needs window_index, the place of each window in its recording; "
+            "pass all that its processor gives."
+        )
 
 
 def check_option_names(options: dict) -> None:

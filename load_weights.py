@@ -85,7 +85,8 @@ OLDER_KEYS = {
 
 
 def read_config(folder: Path, token_ids: dict[str, int]) -> dict:
-    """{"audio_config": {...}, "text_config": {...}, "audio_token_id": ...} of a checkpoint.
+    """{"audio_config": {...}, "text_config": {...}, "audio_token_id": ...,
+    "rotary_time_config": {...} or None} of a checkpoint.
 
     Keys have one spelling, whatever the layout. `token_ids` are the tokenizer's, from
     `read_token_ids`. Raises ValueError, naming file and field, where the checkpoint needs
@@ -121,7 +122,30 @@ def read_config(folder: Path, token_ids: dict[str, int]) -> dict:
         "audio_config": audio_config,
         "text_config": text_config,
         "audio_token_id": audio_token_id,
+        "rotary_time_config": read_rotary_time_config(config, path),
     }
+
+
+def read_rotary_time_config(config: dict, path: Path) -> dict | None:
+    """Music Flamingo's values at the top level of a config.json; None for Audio Flamingo 3.
+
+    rope_parameters are there those of the rotary time embedding, not the decoder's. head_dim and
+    max_position_embeddings stand beside them, but count for nothing: transformers, too, computes
+    them anew.
+    """
+    if not is_music_flamingo(config):
+        return None
+    values = with_one_spelling(config, path)
+    kept = ("rope_type", "rope_theta", "partial_rotary_factor", "audio_frame_step")
+    values = {key: values[key] for key in kept if key in values}
+    check_supported(values, path)
+    check_sizes(values, path)
+    return values
+
+
+def is_music_flamingo(config: dict) -> bool:
+    """Whether it is Music Flamingo or Audio Flamingo Next, which have the same model_type."""
+    return config.get("model_type") == "musicflamingo"
 
 
 def with_one_spelling(section: dict, path: Path) -> dict:
@@ -170,6 +194,23 @@ def read_named_ids(folder: Path, token_ids: dict[str, int]) -> dict[str, int]:
         check_named_token(key, token, token_ids, path)
         named_ids[f"{key}_id"] = token_ids[token]
     return named_ids
+
+
+def read_system_message(folder: Path, default: str) -> str:
+    """What chat_template.jinja says first in a conversation without a system message of its own.
+
+    Nothing else in that file differs between checkpoints, so no template engine is needed.
+    """
+    path = folder / "chat_template.jinja"
+    check_is_file(path)
+    if not path.exists():
+        return default
+    with errors_naming(path):
+        template = path.read_text(encoding="utf-8")
+    message = re.search(r"<\|im_start\|>system\n(.*?)<\|im_end\|>", template, re.DOTALL)
+    if message is None or re.search(r"\{[{%]", message[1]):
+        raise ValueError(f"{path}: no system message as plain text inside; download it again.")
+    return message[1]
 
 
 def read_json(path: Path) -> dict:
@@ -260,7 +301,8 @@ def model_name(name: str) -> str:
 
 # ---- Checks: a ValueError in one line that names the file ----
 
-MODEL_TYPES = ("audioflamingo3", "llava_llama")  # in the hub layout, in the original one
+# In the hub layout the first two, in the original one the last.
+MODEL_TYPES = ("audioflamingo3", "musicflamingo", "llava_llama")
 
 # The network has these values built in.
 SUPPORTED = {
@@ -288,6 +330,8 @@ LARGEST_SIZES = {
     "max_position_embeddings": 1 << 24,
     "rms_norm_eps": 1.0,
     "rope_theta": 1e12,
+    "partial_rotary_factor": 0.5,  # each angle rotates two channels
+    "audio_frame_step": 1.0,
 }
 
 
@@ -342,7 +386,8 @@ def check_model_type(config: dict, path: Path) -> None:
     model_type = config.get("model_type")
     if model_type not in MODEL_TYPES:
         raise ValueError(
-            f"{path}: model_type is {model_type!r}; an audioflamingo3 checkpoint is expected."
+            f"{path}: model_type is {model_type!r}; "
+            "an audioflamingo3 or musicflamingo checkpoint is expected."
         )
 
 
@@ -354,7 +399,7 @@ def check_supported(section: dict, path: Path) -> None:
 
 def check_sizes(section: dict, path: Path) -> None:
     for key, largest in LARGEST_SIZES.items():
-        value = section.get(key, 1)
+        value = section.get(key, largest)
         kinds = (int,) if isinstance(largest, int) else (int, float)
         if type(value) not in kinds or not 0 < value <= largest:
             kind = kinds[-1].__name__

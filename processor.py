@@ -17,6 +17,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,8 +33,10 @@ from af3 import frame_counts
 from load_weights import (
     errors_naming,
     find_checkpoint,
+    is_music_flamingo,
     read_json,
     read_named_ids,
+    read_system_message,
     tokenizer_folder,
 )
 from plumbing.audio_file import load_audio, to_float32, warn_about_length
@@ -210,12 +213,31 @@ def byte_alphabet() -> dict[str, int]:
 
 # ---- Processor ----
 
-SYSTEM_MESSAGE = "You are a helpful assistant."  # where a conversation does not begin with its own
+SYSTEM_MESSAGE = "You are a helpful assistant."  # of a checkpoint without chat_template.jinja
 
 # What the model says before a transcription, and `decode(..., strip_prefix=True)` removes.
 TRANSCRIPTION_PREFIX = re.compile(
     r"The (spoken content of the audio|transcription of the audio|content of the input audio) is\b"
 )
+
+
+@dataclass
+class Window:
+    """A part of a recording that is encoded by itself."""
+
+    samples: Tensor  # (n,) at 16 kHz, up to 30 s
+    index: int  # its place in the recording; 0 is the first
+    is_last: bool
+
+    def count_audio_frames(self) -> int:
+        _, audio_frames = frame_counts(mel_frame_count(len(self.samples)))
+        return audio_frames
+
+
+def split_windows(waveform: Tensor) -> list[Window]:
+    """The windows of a recording (n,) at 16 kHz. Only the last is shorter than 30 s."""
+    parts = waveform.split(N_SAMPLES)
+    return [Window(part, i, is_last=i == len(parts) - 1) for i, part in enumerate(parts)]
 
 
 class Batch(dict):
@@ -238,22 +260,33 @@ class AudioFlamingo3Processor:
     """Prompts and recordings to tensors, token ids to text.
 
     Inside, a prompt is a list of pieces: plain text (str), the id of an added token (int), or a
-    window of audio (Tensor). Of a 5 s clip and "Hi", with 151669 for <sound>:
+    Window of audio. Of a 5 s clip and "Hi", with 151669 for <sound>:
 
         _prompt_pieces    [..., "user\n", 151669, "Hi", 151645, "\n", ...]
-        _place_audio      [..., "user\n", Tensor(80000), "Hi", 151645, "\n", ...]
+        _place_audio      [..., "user\n", Window(...), "Hi", 151645, "\n", ...]
         _batch            [..., "user\n", 151669, 151669, ... 125 times, "Hi", 151645, "\n", ...]
 
     What a user spells out stays text, so nobody can forge the end of a turn. There are two
     exceptions, both in `__call__`: <sound>, where there is audio; and a finished template, in
     which every added token counts.
+
+    Music Flamingo and Audio Flamingo Next put border_ids, <|sound_bos|> and <|sound_eos|>, around
+    the <sound> ids of a recording. Audio Flamingo 3 has None.
     """
 
     audio_token = "<sound>"
     default_transcription_prompt = "Transcribe the input speech."
 
-    def __init__(self, tokenizer: Tokenizer, max_audio_len: float = 600):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        max_audio_len: float = 600,
+        system_message: str = SYSTEM_MESSAGE,
+        border_ids: tuple[int, int] | None = None,
+    ):
         self.tokenizer = tokenizer
+        self.system_message = system_message
+        self.border_ids = border_ids
         self.max_samples = max(1, int(max_audio_len) // WINDOW_SECONDS) * N_SAMPLES
         self.feature_extractor = SimpleNamespace(  # for the published examples, which read it
             sampling_rate=SAMPLE_RATE, chunk_length=WINDOW_SECONDS
@@ -276,9 +309,17 @@ class AudioFlamingo3Processor:
         elif (folder / "preprocessor_config.json").exists():  # an older file, which is flat
             path = folder / "preprocessor_config.json"
             check_feature_extractor(read_json(path), path)
-        max_audio_len = config.get("max_audio_len", 600)
+        tokenizer = Tokenizer(tokenizer_folder(folder))
+        system_message = read_system_message(tokenizer_folder(folder), SYSTEM_MESSAGE)
+        border_ids = None
+        longest = 600
+        if is_music_flamingo(read_json(folder / "config.json")):
+            longest = 1200
+            with errors_naming(config_path):
+                border_ids = read_border_ids(config, tokenizer.added_tokens)
+        max_audio_len = config.get("max_audio_len", longest)
         check_max_audio_len(max_audio_len, config_path)
-        return cls(Tokenizer(tokenizer_folder(folder)), max_audio_len)
+        return cls(tokenizer, max_audio_len, system_message, border_ids)
 
     def __call__(
         self,
@@ -316,7 +357,7 @@ class AudioFlamingo3Processor:
             if recording is None:
                 prompts.append(self._prompt_pieces(prompt, num_windows=None))
                 continue
-            windows = self.to_waveform(recording, f"Sample {number}").split(N_SAMPLES)
+            windows = split_windows(self.to_waveform(recording, f"Sample {number}"))
             pieces = self._prompt_pieces(prompt, len(windows))
             check_placeholders(pieces.count(self.audio_token_id), len(windows), number)
             # Each <sound> takes a list of windows: here of one window; in a conversation, those of
@@ -355,7 +396,7 @@ class AudioFlamingo3Processor:
             pieces, recordings = self._chat_pieces(messages, add_generation_prompt)
             if tokenize:
                 waveforms = [self.to_waveform(audio, f"Sample {number}") for audio in recordings]
-                windows = [waveform.split(N_SAMPLES) for waveform in waveforms]
+                windows = [split_windows(waveform) for waveform in waveforms]
                 prompts.append(self._place_audio(pieces, windows))
             else:
                 texts.append(self._spell_out(pieces))
@@ -390,11 +431,7 @@ class AudioFlamingo3Processor:
 
     def count_audio_frames(self, waveform: Tensor) -> int:
         """How many <sound> ids a recording at 16 kHz takes."""
-        total = 0
-        for window in waveform.split(N_SAMPLES):
-            _, audio_frames = frame_counts(mel_frame_count(len(window)))
-            total += audio_frames
-        return total
+        return sum(window.count_audio_frames() for window in split_windows(waveform))
 
     def describe_audio(self, batch: Batch) -> str:
         """A line about the recordings in a batch."""
@@ -420,7 +457,7 @@ class AudioFlamingo3Processor:
         clean_up_tokenization_spaces is in the published examples; byte-level text has none.
         """
         text = self.tokenizer.decode(ids, skip_special_tokens)
-        if strip_prefix:
+        if strip_prefix and self.border_ids is None:  # the newer models say no such thing
             text = strip_transcription_prefix(text)
         return text
 
@@ -455,7 +492,7 @@ class AudioFlamingo3Processor:
             content.pop()  # there is one <sound> less than texts around them
         else:
             content = [self.audio_token_id] * num_windows + [prompt]
-        system_turn = self._turn("system", [SYSTEM_MESSAGE])
+        system_turn = self._turn("system", [self.system_message])
         return system_turn + self._turn("user", content) + self._generation_prompt()
 
     def _chat_pieces(self, messages: list[dict], add_generation_prompt: bool) -> tuple[list, list]:
@@ -464,7 +501,7 @@ class AudioFlamingo3Processor:
         pieces = []
         recordings = []
         if messages[0]["role"] != "system":
-            pieces += self._turn("system", [SYSTEM_MESSAGE])
+            pieces += self._turn("system", [self.system_message])
         for message in messages:
             if message["content"] is None:
                 continue
@@ -475,7 +512,7 @@ class AudioFlamingo3Processor:
             pieces += self._generation_prompt()
         return pieces, recordings
 
-    def _place_audio(self, pieces: list[str | int], audios: list[list[Tensor]]) -> list:
+    def _place_audio(self, pieces: list[str | int], audios: list[list[Window]]) -> list:
         """Replaces each <sound> id by the next list of windows."""
         audios = iter(audios)
         placed = []
@@ -485,6 +522,17 @@ class AudioFlamingo3Processor:
             else:
                 placed.append(piece)
         return placed
+
+    def _window_ids(self, window: Window) -> list[int]:
+        """A <sound> id for each audio frame to come; with borders, where the model has them."""
+        ids = [self.audio_token_id] * window.count_audio_frames()
+        if self.border_ids is not None:
+            begin_id, end_id = self.border_ids
+            if window.index == 0:
+                ids.insert(0, begin_id)
+            if window.is_last:
+                ids.append(end_id)
+        return ids
 
     def _spell_out(self, pieces: list[str | int]) -> str:
         text_of = {token_id: text for text, token_id in self.tokenizer.added_tokens.items()}
@@ -497,9 +545,8 @@ class AudioFlamingo3Processor:
         for pieces in prompts:
             expanded = []
             for piece in pieces:
-                if isinstance(piece, Tensor):
-                    _, audio_frames = frame_counts(mel_frame_count(len(piece)))
-                    expanded += [self.audio_token_id] * audio_frames
+                if isinstance(piece, Window):
+                    expanded += self._window_ids(piece)
                     windows.append(piece)
                 else:
                     expanded.append(piece)
@@ -512,12 +559,30 @@ class AudioFlamingo3Processor:
         batch["input_ids"] = pad_sequence(sequences, padding_value=pad_token_id, **padding)
         batch["attention_mask"] = pad_sequence(real, padding_value=0, **padding)
         if windows:
-            batch["input_features"], batch["feature_attention_mask"] = feature_batch(windows)
+            samples = [window.samples for window in windows]
+            batch["input_features"], batch["feature_attention_mask"] = feature_batch(samples)
+            if self.border_ids is not None:
+                batch["window_index"] = torch.tensor([window.index for window in windows])
         if output_labels:
-            is_audio = batch["input_ids"] == self.audio_token_id
+            audio_ids = torch.tensor([self.audio_token_id, *(self.border_ids or ())])
+            is_audio = torch.isin(batch["input_ids"], audio_ids)
             is_padding = batch["attention_mask"] == 0
             batch["labels"] = batch["input_ids"].masked_fill(is_audio | is_padding, -100)
         return batch
+
+
+# transformers' name for the processor where recordings have borders.
+MusicFlamingoProcessor = AudioFlamingo3Processor
+
+
+def read_border_ids(config: dict, added_tokens: dict[str, int]) -> tuple[int, int]:
+    """The ids around a recording, of the tokens that a processor_config.json names."""
+    begin_token = config.get("audio_bos_token", "<|sound_bos|>")
+    end_token = config.get("audio_eos_token", "<|sound_eos|>")
+    for token in (begin_token, end_token):
+        if token not in added_tokens:
+            raise ValueError(f"{token!r} is not among the added tokens of tokenizer.json.")
+    return added_tokens[begin_token], added_tokens[end_token]
 
 
 def is_single_audio(audio) -> bool:

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,7 +27,7 @@ def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) 
     """Calls `change` with the tensors of a checkpoint, and writes what it makes of them."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
-    save_file(tensors, folder / "model.safetensors")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def write_sharded(folder: Path) -> None:
@@ -78,3 +79,69 @@ def write_original(hub: Path, folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "llava_llama"}')
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copy(hub / name, folder / "llm")
+
+
+# What the config.json of each newer model has at its top level, beside the ids of the borders.
+# Both leave something to be known: the period is 1200, and 0.2 of the channels' number are angles.
+# Music Flamingo's head_dim is wrong, as it is in the published file, and counts for nothing.
+ROTARY_TIME_FIELDS = {
+    "music": {"head_dim": 256, "rope_parameters": {"rope_type": "default", "rope_theta": 1200}},
+    "next": {"audio_frame_step": 0.01},
+}
+DECODER_FIELDS = {
+    "music": {},
+    "next": {
+        "max_position_embeddings": 131072,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 15_300_000.0},
+    },
+}
+SYSTEM_MESSAGES = {"music": "You listen to music.", "next": "You listen; words come next."}
+BORDERS = ["<|sound_bos|>", "<|sound_eos|>"]
+
+
+def write_music_flamingo(micro: Path, template: Path, folder: Path, family: str) -> None:
+    """Makes a checkpoint of Music Flamingo ("music") or Audio Flamingo Next ("next") of `micro`.
+
+    Two tokens more, the borders of a recording, have random embeddings. `template` is a
+    chat_template.jinja.
+    """
+    shutil.copytree(micro, folder)
+    tokenizer = read_json(folder / "tokenizer.json")
+    added_tokens = tokenizer["added_tokens"]
+    vocab_size = added_tokens[-1]["id"] + 1
+    for number, token in enumerate(BORDERS):
+        added_tokens.append(added_tokens[-1] | {"id": vocab_size + number, "content": token})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+    change_section(
+        folder / "config.json",
+        "text_config",
+        vocab_size=vocab_size + len(BORDERS),
+        **DECODER_FIELDS[family],
+    )
+    change_json(
+        folder / "config.json",
+        model_type="musicflamingo",
+        architectures=["MusicFlamingoForConditionalGeneration"],
+        audio_bos_token_id=vocab_size,
+        audio_eos_token_id=vocab_size + 1,
+        **ROTARY_TIME_FIELDS[family],
+    )
+    names = dict(zip(("audio_bos_token", "audio_eos_token"), BORDERS))
+    processor_class = "MusicFlamingoProcessor"
+    change_json(folder / "processor_config.json", processor_class=processor_class, **names)
+    processor_config = read_json(folder / "processor_config.json")
+    del processor_config["default_transcription_prompt"]
+    del processor_config["max_audio_len"]
+    (folder / "processor_config.json").write_text(json.dumps(processor_config))
+    change_json(folder / "tokenizer_config.json", processor_class=processor_class)
+    text = template.read_text().replace("You are a helpful assistant.", SYSTEM_MESSAGES[family])
+    (folder / "chat_template.jinja").write_text(text)
+
+    def add_rows(tensors: dict[str, Tensor]) -> None:
+        generator = torch.Generator().manual_seed(6)
+        for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
+            rows = torch.randn(len(BORDERS), tensors[name].shape[1], generator=generator)
+            tensors[name] = torch.cat([tensors[name], 0.5 * rows])
+
+    change_tensors(folder, add_rows)

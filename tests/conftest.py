@@ -19,6 +19,7 @@ sys.path[:0] = [str(ROOT), str(TESTS)]
 
 import generate
 from af3 import AudioFlamingo3ForConditionalGeneration
+from checkpoints import write_music_flamingo
 from processor import AudioFlamingo3Processor
 from signals import sound, write_wav
 
@@ -33,6 +34,14 @@ def micro(tmp_path_factory) -> Path:
         shutil.copy(file, folder)
     for name in TOKENIZER_FILES:
         shutil.copy(TINY / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="session", params=["music", "next"])
+def music_flamingo(request, micro, tmp_path_factory) -> Path:
+    """The same of Music Flamingo, and of Audio Flamingo Next. Not to be changed."""
+    folder = tmp_path_factory.mktemp("family") / request.param
+    write_music_flamingo(micro, TINY / "chat_template.jinja", folder, request.param)
     return folder
 
 

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 from af3 import AudioFlamingo3ForConditionalGeneration, frame_counts
+from load_weights import is_music_flamingo, read_json
 from processor import AudioFlamingo3Processor
-from signals import CASES, conversation, sound
+from signals import CASES, MUSIC_CASES, conversation, sound
 
 # Relative to the largest value of a stage.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2}
@@ -37,9 +38,13 @@ class Pair:
         import transformers
 
         transformers.logging.set_verbosity_error()
-        self.oracle = transformers.AudioFlamingo3ForConditionalGeneration.from_pretrained(
-            checkpoint, dtype=dtype
-        ).eval()
+        self.is_music_flamingo = is_music_flamingo(read_json(Path(checkpoint) / "config.json"))
+        oracle_class = transformers.AudioFlamingo3ForConditionalGeneration
+        self.cases = CASES
+        if self.is_music_flamingo:
+            oracle_class = transformers.MusicFlamingoForConditionalGeneration
+            self.cases = MUSIC_CASES
+        self.oracle = oracle_class.from_pretrained(checkpoint, dtype=dtype).eval()
         self.oracle_processor = transformers.AutoProcessor.from_pretrained(checkpoint)
         self.model = AudioFlamingo3ForConditionalGeneration.from_pretrained(
             checkpoint, "cpu", dtype
@@ -62,6 +67,17 @@ class Pair:
         assert torch.equal(theirs["input_ids"], ours["input_ids"])
         assert torch.equal(theirs["input_features_mask"], ours["feature_attention_mask"])
         return theirs.to(dtype=self.oracle.dtype), ours
+
+    def audio_frames(self, theirs: dict, ours: dict) -> tuple[Tensor, Tensor]:
+        """The projected audio frames of such inputs."""
+        arguments = [theirs["input_features"], theirs["input_features_mask"]]
+        if self.is_music_flamingo:  # it finds the windows of each recording in the ids
+            arguments.append(theirs["input_ids"])
+        frames = self.oracle.get_audio_features(*arguments).pooler_output
+        our_frames = self.model.get_audio_features(
+            ours["input_features"], ours["feature_attention_mask"], ours.get("window_index")
+        )
+        return frames, our_frames
 
 
 # ---- The largest differences, over all cases ----
@@ -88,7 +104,7 @@ class LargestDifferences:
 def compare_all(pair: Pair) -> bool:
     differences = LargestDifferences()
     same = True
-    for case, lengths in CASES.items():
+    for case, lengths in pair.cases.items():
         for side in ("left", "right"):
             theirs, ours = pair.batches(lengths, side)
             compare_numbers(pair, theirs, ours, side, differences)
@@ -102,10 +118,7 @@ def compare_numbers(
 ) -> None:
     mel = theirs["input_features"]
     differences.add("log-mel", mel, ours["input_features"], limit=1e-4)
-    frames = pair.oracle.get_audio_features(mel, theirs["input_features_mask"]).pooler_output
-    our_frames = pair.model.get_audio_features(
-        ours["input_features"], ours["feature_attention_mask"]
-    )
+    frames, our_frames = pair.audio_frames(theirs, ours)
     limit = 1e-4 * max(1, float(frames.abs().max()))
     differences.add("audio frames", frames, our_frames, limit)
 

@@ -18,6 +18,16 @@ CASES = {
     "batch": [80000, 24161, 480001],
 }
 
+# The same for Music Flamingo and Audio Flamingo Next. Where the last window has no audio frame, as
+# with one sample over, transformers mistakes the windows of these models.
+MUSIC_CASES = {
+    "five_seconds": [80000],
+    "full_window": [480000],
+    "two_windows": [560123],
+    "four_windows": [1500123],
+    "batch": [80000, 24161, 1000000],
+}
+
 
 def sound(samples: int, seed: int = 0) -> np.ndarray:
     """A gliding tone under noise: (samples,) float32 at 16 kHz."""
@@ -38,3 +48,11 @@ def write_wav(path: Path, waveform: np.ndarray) -> Path:
 def conversation(waveform: np.ndarray, text: str = TEXT) -> list[dict]:
     content = [{"type": "text", "text": text}, {"type": "audio", "audio": waveform}]
     return [{"role": "user", "content": content}]
+
+
+# A chat whose text the newer models' template gives too.
+CHAT = [
+    {"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "audio", "path": "a"}]},
+    {"role": "assistant", "content": "rain"},
+    {"role": "user", "content": "Why?"},
+]

@@ -87,7 +87,7 @@ def test_a_section_that_asks_for_another_network_is_named(spoilt, section, field
     [
         ("config.json", {"audio_config": "x"}, "config.json"),
         ("config.json", {"text_config": [1]}, "config.json"),
-        ("config.json", {"model_type": "musicflamingo"}, "musicflamingo"),
+        ("config.json", {"model_type": "voxtral"}, "voxtral"),
         ("config.json", {"audio_token_id": 5}, "<sound> is 5"),
         ("generation_config.json", {"eos_token_id": "x"}, "eos_token_id"),
         ("generation_config.json", {"pad_token_id": [[1]]}, "pad_token_id"),

@@ -279,9 +279,7 @@ def test_a_configuration_of_another_network_is_refused_by_field(
         from_pretrained(spoilt)
 
 
-@pytest.mark.parametrize(
-    "content", ["[1, 2]", "not json", json.dumps({"model_type": "musicflamingo"})]
-)
+@pytest.mark.parametrize("content", ["[1, 2]", "not json", json.dumps({"model_type": "voxtral"})])
 def test_a_config_that_is_none_of_this_model_is_refused(spoilt, content):
     (spoilt / "config.json").write_text(content)
     with pytest.raises(ValueError, match=r"config\.json: "):
