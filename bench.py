@@ -61,7 +61,7 @@ class Ours:
 
     def encode(self, inputs: dict) -> torch.Tensor:
         return self.model.get_audio_features(
-            inputs["input_features"], inputs["feature_attention_mask"]
+            inputs["input_features"], inputs["feature_attention_mask"], inputs.get("window_index")
         )
 
     def answer(self, inputs: dict, tokens: int, on_token: Callable[[], None]) -> None:
@@ -77,16 +77,21 @@ class Theirs:
 
         transformers.logging.set_verbosity_error()
         config = transformers.AutoConfig.from_pretrained(checkpoint)
+        self.is_music_flamingo = config.model_type == "musicflamingo"
+        model_class = transformers.AudioFlamingo3ForConditionalGeneration
+        if self.is_music_flamingo:
+            model_class = transformers.MusicFlamingoForConditionalGeneration
         with torch.device("meta"):
-            self.model = transformers.AudioFlamingo3ForConditionalGeneration._from_config(
-                config, dtype=model.dtype
-            )
+            self.model = model_class._from_config(config, dtype=model.dtype)
         weights = {their_name(name): tensor for name, tensor in model.state_dict().items()}
         self.model.load_state_dict(weights, assign=True)
         self.model.eval()
         # The rotary frequencies are in no checkpoint, so they are still on the meta device.
         decoder = self.model.model.language_model
         decoder.rotary_emb = type(decoder.rotary_emb)(config.text_config).to(model.device)
+        if self.is_music_flamingo:
+            rotary_time = self.model.model.pos_emb
+            self.model.model.pos_emb = type(rotary_time)(config).to(model.device)
         self.processor = transformers.AutoProcessor.from_pretrained(checkpoint)
 
     def inputs(self, waveform: np.ndarray) -> dict:
@@ -99,9 +104,10 @@ class Theirs:
         return batch.to(self.model.device, self.model.dtype)
 
     def encode(self, inputs: dict) -> torch.Tensor:
-        return self.model.get_audio_features(
-            inputs["input_features"], inputs["input_features_mask"]
-        )
+        arguments = [inputs["input_features"], inputs["input_features_mask"]]
+        if self.is_music_flamingo:
+            arguments.append(inputs["input_ids"])
+        return self.model.get_audio_features(*arguments)
 
     def answer(self, inputs: dict, tokens: int, on_token: Callable[[], None]) -> None:
         self.model.generate(
@@ -308,8 +314,8 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.tokens < 2 or args.rounds < 1:
         parser.error("--tokens of 2 or more and --rounds of 1 or more are expected")
-    if not all(0.03 <= seconds <= 600 for seconds in args.seconds):
-        parser.error("--seconds from 0.03 to 600 are expected")
+    if not all(0.03 <= seconds <= 1800 for seconds in args.seconds):
+        parser.error("--seconds from 0.03 to 1800 are expected")
     return args
 
 

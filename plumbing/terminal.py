@@ -73,14 +73,16 @@ def memory_hint(hint: str) -> Iterator[None]:
         raise MemoryError(f"out of memory; {hint}: {one_line(error)}") from None
 
 
+def has_styles() -> bool:
+    """Whether stdout is a terminal that can show text in other styles, and that is wanted."""
+    is_capable = os.environ.get("TERM", "dumb") != "dumb"
+    return sys.stdout.isatty() and is_capable and "NO_COLOR" not in os.environ
+
+
 def has_256_colours() -> bool:
     """Whether stdout is a terminal that shows 256 colours and Unicode, and colours are wanted."""
-    return (
-        sys.stdout.isatty()
-        and "256color" in os.environ.get("TERM", "")
-        and "NO_COLOR" not in os.environ
-        and sys.stdout.encoding.lower() == "utf-8"
-    )
+    is_capable = "256color" in os.environ.get("TERM", "")
+    return has_styles() and is_capable and sys.stdout.encoding.lower() == "utf-8"
 
 
 # ---- Ctrl-C ----
@@ -100,8 +102,11 @@ def exit_on_interrupt(end_line: bool = True) -> None:
 
 def exit_interrupted(end_line: bool = True) -> None:
     if end_line or os.isatty(1):
+        end = b"\n"
+        if has_styles():
+            end = NORMAL.encode() + end  # a thought may have been cut short
         with suppress(OSError):  # stdout may be closed or full
-            os.write(1, b"\n")
+            os.write(1, end)
     os._exit(INTERRUPTED)
 
 
@@ -173,12 +178,55 @@ class StepTimer:
 
 
 def print_as_it_comes(texts: Iterable[str]) -> None:
-    """Prints the parts of an answer and ends the line. In a terminal they are made printable."""
+    """Prints the parts of an answer and ends the line.
+
+    In a terminal they are made printable, and what the model thinks before it answers is dimmed.
+    """
+    if sys.stdout.isatty():
+        texts = map(printable, texts)
+    if has_styles():
+        texts = dim_thoughts(texts)
     for text in texts:
-        if sys.stdout.isatty():
-            text = printable(text)
         print(text, end="", flush=True)
     print(flush=True)
+
+
+DIM = "\x1b[2m"
+NORMAL = "\x1b[0m"
+
+
+def dim_thoughts(texts: Iterable[str]) -> Iterator[str]:
+    """The parts of an answer, with <think> ... </think> in it dimmed.
+
+    A tag may be divided between parts. So the end of a part that may be the beginning of a tag is
+    held back until more has come.
+    """
+    tag = "<think>"  # the next one
+    held = ""
+    for text in texts:
+        held += text
+        while tag in held:
+            before, _, held = held.partition(tag)
+            if tag == "<think>":
+                yield before + DIM + tag
+                tag = "</think>"
+            else:
+                yield before + tag + NORMAL
+                tag = "<think>"
+        kept = longest_beginning(tag, held)
+        yield held[: len(held) - kept]
+        held = held[len(held) - kept :]
+    if tag == "</think>":  # the answer ended in the middle of a thought
+        held += NORMAL
+    yield held
+
+
+def longest_beginning(tag: str, text: str) -> int:
+    """How many characters at the end of the text are the beginning of a tag."""
+    for length in range(len(tag) - 1, 0, -1):
+        if text.endswith(tag[:length]):
+            return length
+    return 0
 
 
 class Progress:

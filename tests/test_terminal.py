@@ -5,6 +5,7 @@ import sys
 import pytest
 
 import generate
+from plumbing import terminal
 from plumbing.terminal import one_line, printable
 
 
@@ -33,3 +34,44 @@ def test_an_answer_is_made_printable_in_a_terminal_only(run, clip, monkeypatch, 
 def test_a_file_name_in_an_error_is_made_printable(run):
     _, _, err = run("\x1b[2Jgone.wav")
     assert err == "error: \\x1b[2Jgone.wav: no such file; a sound file is expected.\n"
+
+
+# ---- Thoughts ----
+
+DIM = "\x1b[2m"
+NORMAL = "\x1b[0m"
+
+
+def pieces(text, size):
+    return [text[start : start + size] for start in range(0, len(text), size)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 100])
+def test_a_thought_is_dimmed_however_it_is_divided(size):
+    answer = "So <thin>: <think>a < b</think> b. <think>c</think> d<"
+    dimmed = f"So <thin>: {DIM}<think>a < b</think>{NORMAL} b. {DIM}<think>c</think>{NORMAL} d<"
+    assert "".join(terminal.dim_thoughts(pieces(answer, size))) == dimmed
+
+
+def test_a_thought_that_does_not_end_is_dimmed_to_the_end_of_the_answer():
+    assert "".join(terminal.dim_thoughts(["<think>", "well"])) == f"{DIM}<think>well{NORMAL}"
+
+
+def test_an_answer_comes_as_soon_as_it_can_be_no_tag():
+    parts = terminal.dim_thoughts(["a", " <", "b"])
+    assert next(parts) == "a"
+    assert next(parts) == " "
+    assert next(parts) == "<b"
+
+
+def test_thoughts_are_untouched_in_a_pipe(capsys):
+    terminal.print_as_it_comes(["<think>a</think>", " b"])
+    assert capsys.readouterr().out == "<think>a</think> b\n"
+
+
+def test_thoughts_are_dimmed_in_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    terminal.print_as_it_comes(["<think>a</think>", " b"])
+    assert capsys.readouterr().out == f"{DIM}<think>a</think>{NORMAL} b\n"
