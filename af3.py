@@ -75,7 +75,7 @@ class Qwen2Config:
 class RotaryTimeConfig:
     """Of Music Flamingo and Audio Flamingo Next; the names are those of config.json's top level."""
 
-    rope_theta: float = 1200.0  # base of the frequencies, and the period that positions are part of
+    rope_theta: float = 1200.0  # base of the frequencies; also the positions in a full turn
     partial_rotary_factor: float = 0.2  # angles for each channel; one angle rotates two channels
     audio_frame_step: float = 0.01  # seconds from one mel frame to the next
 
@@ -237,13 +237,13 @@ def new_embedding(rows: int, width: int) -> nn.Embedding:
 class RotaryTimeEmbedding(nn.Module):
     """Rotates pairs of channels of each audio frame by angles that grow with its time.
 
-    Only Music Flamingo and Audio Flamingo Next have it, so that their decoder can tell when in a
-    long recording something is heard. It has no weights.
+    Music Flamingo and Audio Flamingo Next have it, so that their decoder can tell when in a long
+    recording something is heard. It has no weights.
     """
 
     def __init__(self, config: RotaryTimeConfig, audio_config: AudioFlamingo3EncoderConfig):
         super().__init__()
-        self.period = config.rope_theta
+        self.base = config.rope_theta
         self.num_angles = int(audio_config.hidden_size * config.partial_rotary_factor)
         self.frame_seconds = config.audio_frame_step * 4  # 0.04: conv2 halves, and so does the pool
         self.window_frames = audio_config.max_source_positions // 2  # 750, also in a short window
@@ -269,17 +269,17 @@ class RotaryTimeEmbedding(nn.Module):
         """
         device = window_index.device
         exponents = torch.arange(0, self.num_angles, 2, device=device).float() / self.num_angles
-        frequencies = 1.0 / self.period**exponents  # (d / 2,)
+        frequencies = 1.0 / self.base**exponents  # (d / 2,)
         frames = torch.arange(audio_frames, device=device).float()
         starts = window_index[:, None] * self.window_frames * self.frame_seconds  # (W, 1)
         seconds = starts + frames * self.frame_seconds  # (W, A)
 
-        by_window = (window_index[:, None] / self.period) * frequencies  # (W, d / 2)
-        by_frame = (frames[:, None] / self.period * (2 * math.pi)) * frequencies  # (A, d / 2)
-        by_window = by_window[:, None].expand(-1, audio_frames, -1)
+        by_window = (window_index[:, None] / self.base) * frequencies  # (W, d / 2)
+        by_frame = (frames[:, None] / self.base * (2 * math.pi)) * frequencies  # (A, d / 2)
+        by_window = by_window[:, None].expand(-1, audio_frames, -1)  # (W, A, d / 2)
         by_frame = by_frame[None].expand(len(window_index), -1, -1)
-        turns = -seconds * 2 * math.pi
-        return torch.cat([by_window, by_frame], dim=-1) * turns[..., None]
+        by_place = torch.cat([by_window, by_frame], dim=-1)  # (W, A, d)
+        return by_place * (-seconds * 2 * math.pi)[..., None]
 
 
 # ---- Projector: audio frames -> the decoder's width ----
