@@ -31,6 +31,7 @@ import torch.nn.functional as F
 
 from af3 import AudioFlamingo3ForConditionalGeneration, choose_device
 from extras.quantize import Int8Linear, quantize
+from plumbing.terminal import exit_with
 from processor import SAMPLE_RATE, AudioFlamingo3Processor
 from tests.signals import conversation, sound
 
@@ -338,4 +339,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

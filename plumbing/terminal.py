@@ -6,8 +6,9 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from typing import NoReturn
 
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C has ended
 
@@ -60,6 +61,16 @@ def describe_error(error: Exception) -> str:
     if error.filename is None:  # nothing but writing gives such an error
         return one_line(f"what is printed cannot be written: {reason}")
     return one_line(f"{error.filename}: {reason}")
+
+
+def exit_with(main: Callable[[], int | None]) -> NoReturn:
+    """Runs a program and exits with its status; with 2 and one line on stderr for bad input."""
+    try:
+        status = main()
+    except (ValueError, OSError, ImportError) as error:
+        print_error(error)
+        status = 2
+    sys.exit(status)
 
 
 @contextmanager

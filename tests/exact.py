@@ -21,7 +21,8 @@ from torch import Tensor, nn
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 from af3 import AudioFlamingo3ForConditionalGeneration, frame_counts
-from load_weights import is_music_flamingo, read_json
+from load_weights import check_is_checkpoint, is_music_flamingo, read_json
+from plumbing.terminal import exit_with
 from processor import AudioFlamingo3Processor
 from signals import CASES, MUSIC_CASES, conversation, sound
 
@@ -35,8 +36,8 @@ class Pair:
     """A checkpoint in transformers (the oracle) and here."""
 
     def __init__(self, checkpoint: str, dtype: torch.dtype):
-        import transformers
-
+        check_is_checkpoint(Path(checkpoint))
+        transformers = import_transformers()
         transformers.logging.set_verbosity_error()
         self.is_music_flamingo = is_music_flamingo(read_json(Path(checkpoint) / "config.json"))
         oracle_class = transformers.AudioFlamingo3ForConditionalGeneration
@@ -78,6 +79,14 @@ class Pair:
             ours["input_features"], ours["feature_attention_mask"], ours.get("window_index")
         )
         return frames, our_frames
+
+
+def import_transformers():
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(f"{error}; pip install transformers==5.23.0 librosa") from None
+    return transformers
 
 
 # ---- The largest differences, over all cases ----
@@ -273,11 +282,7 @@ def main() -> int:
     parser.add_argument("--dtype", choices=TOLERANCES, default="float32")
     parser.add_argument("--tolerance", type=float, help="for --layers")
     args = parser.parse_args()
-    try:
-        pair = Pair(args.checkpoint, getattr(torch, args.dtype))
-    except ImportError as error:
-        print(f"error: {error}; pip install transformers==5.23.0 librosa", file=sys.stderr)
-        return 2
+    pair = Pair(args.checkpoint, getattr(torch, args.dtype))
     with torch.inference_mode():
         if args.layers:
             tolerance = args.tolerance or TOLERANCES[args.dtype]
@@ -288,4 +293,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

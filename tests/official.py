@@ -28,7 +28,7 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 from af3 import AudioFlamingo3ForConditionalGeneration
-from plumbing.terminal import describe_error, printable
+from plumbing.terminal import exit_with, printable
 from processor import AudioFlamingo3Processor
 
 
@@ -148,18 +148,14 @@ def main() -> int:
         print(__doc__)
         return 2
     name, folder = sys.argv[1:]
-    try:
-        check_recordings([LANGUAGE], Path(folder))
-        processor = AudioFlamingo3Processor.from_pretrained(name)
-        model = AudioFlamingo3ForConditionalGeneration.from_pretrained(name)
-        questions = published_questions(model)
-        check_recordings(questions, Path(folder))
-        verdicts = [ask(question, Path(folder), processor, model) for question in questions]
-    except (ValueError, OSError) as error:
-        print(f"error: {describe_error(error)}", file=sys.stderr)
-        return 2
+    check_recordings([LANGUAGE], Path(folder))  # before the long loading
+    processor = AudioFlamingo3Processor.from_pretrained(name)
+    model = AudioFlamingo3ForConditionalGeneration.from_pretrained(name)
+    questions = published_questions(model)
+    check_recordings(questions, Path(folder))
+    verdicts = [ask(question, Path(folder), processor, model) for question in questions]
     return 0 if all(verdicts) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

@@ -3,13 +3,14 @@ status of 0, 2 or 130."""
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import generate
-from conftest import TINY
+from conftest import ROOT, TINY
 from programs import PROGRAM, interrupt_until_it_ends, start_generate
 from programs import generate as run_program
 
@@ -216,3 +217,23 @@ def test_ctrl_c_leaves_with_130_and_keeps_what_has_been_printed(clip, micro):
     assert len(beginning) == 8
     assert rest.endswith(b"\n")
     assert b"Traceback" not in err
+
+
+# ---- Programs beside it ----
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        (["tests/exact.py", "nowhere"], "nowhere: no config.json inside"),
+        (["bench.py", "nowhere"], "'nowhere': no such directory"),
+        (["tiny/score.py", "--speech", "nowhere", "--sounds", "nowhere"], "nowhere: no DIGIT_SPEA"),
+        (["tests/throughput.py", "nowhere"], "nowhere: no WAV files inside"),
+        (["tests/official.py", "tiny", "nowhere"], "nowhere/Ch6Ae9DT6Ko_00-04-03_00-04-31.wav: no"),
+    ],
+)
+def test_a_program_says_in_one_line_what_it_misses(command, message):
+    result = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: {message}")
+    assert result.stderr.count("\n") == 1

@@ -6,6 +6,7 @@ import pytest
 
 import official
 from conftest import TINY
+from plumbing.terminal import exit_with
 from processor import Tokenizer
 from signals import sound, write_wav
 
@@ -48,7 +49,9 @@ def recordings(tmp_path):
 def run_official(monkeypatch, capsys):
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["official.py", *map(str, arguments)])
-        return official.main(), *capsys.readouterr()
+        with pytest.raises(SystemExit) as leaving:
+            exit_with(official.main)
+        return leaving.value.code, *capsys.readouterr()
 
     return call
 

@@ -21,6 +21,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from plumbing.audio_file import load_audio
+from plumbing.terminal import exit_with
 from processor import SAMPLE_RATE
 from signals import sound, write_wav
 
@@ -87,6 +88,8 @@ def main() -> None:
     recordings = []
     if args.folder:
         recordings = sorted(args.folder.rglob("*.wav"))
+        if not recordings:
+            raise FileNotFoundError(f"{args.folder}: no WAV files inside.")
     rng = random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
         clips = []
@@ -101,4 +104,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -15,6 +15,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 from af3 import AudioFlamingo3ForConditionalGeneration
 from extras.quantize import quantize
 from plumbing.audio_file import load_audio
+from plumbing.terminal import exit_with
 from processor import AudioFlamingo3Processor
 from train import CHORD, COUNT, DIGITS, MELODY, SOUNDS, TRANSCRIBE, WHAT, music
 
@@ -73,6 +74,8 @@ def read_takes(folder: Path, takes: list[int]) -> dict[str, dict[int, list[np.nd
         if int(take) in takes:
             digits = speakers.setdefault(speaker, {})
             digits.setdefault(int(digit), []).append(load_audio(path))
+    if not speakers:
+        raise FileNotFoundError(f"{folder}: no DIGIT_SPEAKER_TAKE.wav of takes {takes} inside.")
     return speakers
 
 
@@ -106,6 +109,8 @@ def sounds(folder: Path, fold: int) -> list[tuple[np.ndarray, str]]:
     for name in SOUNDS:
         for path in sorted((folder / name.replace(" ", "_")).glob(f"{fold}-*.wav")):
             examples.append((load_audio(path), name))
+    if not examples:
+        raise FileNotFoundError(f"{folder}: no rain/{fold}-*.wav and the like inside.")
     return examples
 
 
@@ -139,8 +144,9 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     rng = random.Random(0)
-    answerer = Answerer(args)
     speakers = read_takes(args.speech, args.takes)
+    clips = sounds(args.sounds, args.fold)
+    answerer = Answerer(args)
 
     singles = single_digits(speakers)
     wrong = wrong_ones(answerer.ask(TRANSCRIBE, singles))
@@ -153,7 +159,6 @@ def main() -> None:
     rate = 100 * errors / words
     print(f"strings of 3 to 8 digits: {rate:.2f}% word errors of {words} words", flush=True)
 
-    clips = sounds(args.sounds, args.fold)
     wrong = wrong_ones(answerer.ask(WHAT, clips))
     right = 100 * (1 - len(wrong) / len(clips))
     print(f"sounds of fold {args.fold}: {right:.1f}% of {len(clips)} right", wrong, flush=True)
@@ -173,4 +178,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)
