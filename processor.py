@@ -39,7 +39,7 @@ from load_weights import (
     read_system_message,
     tokenizer_folder,
 )
-from plumbing.audio_file import load_audio, to_float32, warn_about_length
+from plumbing.audio_file import load_audio, one_thread, to_float32, warn_about_length
 
 # ---- Log-mel ----
 
@@ -115,7 +115,8 @@ def feature_batch(windows: list[Tensor]) -> tuple[Tensor, Tensor]:
 
     The mask is 1 on mel frames of real samples, which come first.
     """
-    input_features = torch.stack([log_mel(window) for window in windows])
+    with one_thread():
+        input_features = torch.stack([log_mel(window) for window in windows])
     mel_frames = torch.tensor([mel_frame_count(len(window)) for window in windows])
     mask = torch.arange(N_MEL_FRAMES) < mel_frames[:, None]
     return input_features, mask.long()

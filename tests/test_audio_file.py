@@ -293,3 +293,20 @@ def test_later_samples_do_not_change_earlier_ones():
     whole = resample(waveform, 48000, 16000)
     beginning = resample(waveform[:60000], 48000, 16000)
     assert torch.allclose(whole[:16000], beginning[:16000], atol=1e-6)
+
+
+def test_reading_leaves_the_number_of_threads_as_it_was(tmp_path, monkeypatch):
+    path = write_wav(tmp_path / "a.wav", sound(4000))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    seen = []
+
+    def to_mono(content, header):
+        seen.append(torch.get_num_threads())
+        return torch.zeros(9)
+
+    monkeypatch.setattr("plumbing.audio_file.to_mono", to_mono)
+    load_audio(path)
+    after = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    assert (seen, after) == ([1], 2)
