@@ -330,7 +330,7 @@ class AudioFlamingo3Processor:
         sampling_rate: int = SAMPLE_RATE,
         padding_side: str = "left",
         tensor_type: str = "pt",
-        output_labels: bool = False,
+        output_labels: bool | str = False,
         **always_so,
     ) -> Batch:
         """The tensors of one or more prompts, each a user turn that waits for its answer.
@@ -341,7 +341,8 @@ class AudioFlamingo3Processor:
 
         Returns input_ids and attention_mask (B, T) int64; with audio also input_features
         (W, 128, 3000) float32 and feature_attention_mask (W, 3000) int64; with output_labels also
-        labels (B, T), which are -100 on audio and padding. Raises ValueError.
+        labels (B, T), which are -100 on audio and padding, and with output_labels="answer" on all
+        but what the assistant says, with its end. Raises ValueError.
         """
         texts = [text] if isinstance(text, str) else list(text)
         if audio is None:
@@ -350,7 +351,7 @@ class AudioFlamingo3Processor:
             audios = [audio]
         else:
             audios = list(audio)
-        check_options(sampling_rate, padding_side, tensor_type)
+        check_options(sampling_rate, padding_side, tensor_type, output_labels)
         check_always_so(always_so)
         check_counts(texts, audios)
         prompts = []
@@ -376,7 +377,7 @@ class AudioFlamingo3Processor:
         sampling_rate: int | None = None,
         padding_side: str = "left",
         tensor_type: str = "pt",
-        output_labels: bool = False,
+        output_labels: bool | str = False,
         **always_so,
     ):
         """The tensors of one conversation or of a list of them; for shapes see `__call__`.
@@ -386,7 +387,7 @@ class AudioFlamingo3Processor:
         the audio of a message comes before its text. Text is plain text, <sound> in it too.
         tokenize=False loads no audio: the template's text, with one <sound> for each recording.
         """
-        check_options(sampling_rate or SAMPLE_RATE, padding_side, tensor_type)
+        check_options(sampling_rate or SAMPLE_RATE, padding_side, tensor_type, output_labels)
         check_always_so(always_so)
         single = bool(conversations) and isinstance(conversations[0], dict)
         if single:
@@ -539,7 +540,7 @@ class AudioFlamingo3Processor:
         text_of = {token_id: text for text, token_id in self.tokenizer.added_tokens.items()}
         return "".join(text_of.get(piece, piece) for piece in pieces)
 
-    def _batch(self, prompts: list[list], padding_side: str, output_labels: bool) -> Batch:
+    def _batch(self, prompts: list[list], padding_side: str, output_labels: bool | str) -> Batch:
         """The tensors of prompts in pieces."""
         windows = []
         sequences = []
@@ -568,8 +569,30 @@ class AudioFlamingo3Processor:
             audio_ids = torch.tensor([self.audio_token_id, *(self.border_ids or ())])
             is_audio = torch.isin(batch["input_ids"], audio_ids)
             is_padding = batch["attention_mask"] == 0
-            batch["labels"] = batch["input_ids"].masked_fill(is_audio | is_padding, -100)
+            left_out = is_audio | is_padding
+            if output_labels == "answer":
+                answers = [self._is_answer(sequence) for sequence in sequences]
+                left_out |= ~pad_sequence(answers, padding_value=False, **padding)
+            batch["labels"] = batch["input_ids"].masked_fill(left_out, -100)
         return batch
+
+    def _is_answer(self, ids: Tensor) -> Tensor:
+        """(T,) bool: True where ids (T,) are an assistant's words, or the <|im_end|> after them."""
+        header = self.tokenizer.encode("assistant\n")
+        is_answer = torch.zeros(len(ids), dtype=torch.bool)
+        ends = (ids == self.end_id).nonzero()[:, 0]
+        for start in (ids == self.start_id).nonzero()[:, 0].tolist():
+            later_ends = ends[ends > start]
+            if len(later_ends) == 0:
+                break  # the generation prompt, which has no words yet
+            end = int(later_ends[0])
+            turn = ids[start + 1 : end + 1].tolist()
+            if self.tokenizer.decode(turn).startswith("assistant\n"):
+                first = start + 1 + len(header)
+                if turn[: len(header)] != header:
+                    first -= 1  # the answer begins with line ends: one token with the header's
+                is_answer[first : end + 1] = True
+        return is_answer
 
 
 # transformers' name for the processor where recordings have borders.
@@ -639,7 +662,9 @@ def strip_transcription_prefix(text: str) -> str:
 # ---- Checks: a ValueError in one line that names the culprit and the remedy ----
 
 
-def check_options(sampling_rate: int, padding_side: str, tensor_type: str) -> None:
+def check_options(
+    sampling_rate: int, padding_side: str, tensor_type: str, output_labels: bool | str
+) -> None:
     if sampling_rate != SAMPLE_RATE:
         raise ValueError(
             f"sampling_rate is {sampling_rate}; {SAMPLE_RATE} Hz is expected. "
@@ -649,6 +674,10 @@ def check_options(sampling_rate: int, padding_side: str, tensor_type: str) -> No
         raise ValueError(f"padding_side is {padding_side!r}; 'left' or 'right' is expected.")
     if tensor_type != "pt":  # the published examples pass it
         raise ValueError(f"tensor_type is {tensor_type!r}; only 'pt' is supported.")
+    if output_labels not in (False, True, "answer"):
+        raise ValueError(
+            f"output_labels is {output_labels!r}; False, True or 'answer' is expected."
+        )
 
 
 def check_always_so(options: dict) -> None:

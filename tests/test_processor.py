@@ -365,6 +365,55 @@ def test_labels_leave_out_audio_and_padding(processor):
     assert torch.equal(batch["labels"][~left_out], batch["input_ids"][~left_out])
 
 
+def labelled_text(processor, batch, row=0):
+    labels = batch["labels"][row]
+    return processor.decode(labels[labels != -100])
+
+
+def exchange(question, answer):
+    """A question about a recording of 0.1 s, and the answer."""
+    return [*conversation(sound(1600), question), {"role": "assistant", "content": answer}]
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_answer_labels_are_what_the_assistant_says_and_its_end(processor, padding_side):
+    chats = [exchange("What is it?", "rain"), exchange("Hi", "seven three one")]
+    batch = processor.apply_chat_template(chats, output_labels="answer", padding_side=padding_side)
+    assert labelled_text(processor, batch, 0) == "rain<|im_end|>"
+    assert labelled_text(processor, batch, 1) == "seven three one<|im_end|>"
+    is_labelled = batch["labels"] != -100
+    assert torch.equal(batch["labels"][is_labelled], batch["input_ids"][is_labelled])
+
+
+def test_every_turn_of_the_assistant_is_labelled(processor):
+    chat = [*exchange("One?", "rain"), *exchange("Two?", "sea waves")]
+    batch = processor.apply_chat_template(chat, output_labels="answer")
+    assert labelled_text(processor, batch) == "rain<|im_end|>sea waves<|im_end|>"
+
+
+def test_line_ends_before_an_answer_are_labelled_with_the_token_that_they_share(qwen):
+    processor = AudioFlamingo3Processor(Tokenizer(qwen))
+    batch = processor.apply_chat_template(exchange("Hi", "\n\nrain"), output_labels="answer")
+    assert labelled_text(processor, batch) == "\n\n\nrain<|im_end|>"
+
+
+def test_a_finished_template_has_answer_labels_too(processor):
+    prompt = "<|im_start|>user\nassistant\n<|im_end|>\n<|im_start|>assistant\nrain<|im_end|>\n"
+    batch = processor(prompt, output_labels="answer")
+    assert labelled_text(processor, batch) == "rain<|im_end|>"
+
+
+def test_a_prompt_without_an_answer_has_no_answer_labels(processor):
+    prompt = "Say <|im_start|>assistant\nrain<|im_end|>"  # spelled out, so plain text
+    batch = processor(prompt, sound(1600), output_labels="answer")
+    assert (batch["labels"] == -100).all()
+
+
+def test_an_unknown_kind_of_labels_is_refused(processor):
+    with pytest.raises(ValueError, match="output_labels is 'answers'"):
+        processor("Hi", output_labels="answers")
+
+
 def test_to_casts_only_floats(processor):
     batch = processor("Hi", sound(1600)).to("cpu", dtype=torch.bfloat16)
     assert {name: tensor.dtype for name, tensor in batch.items()} == {
