@@ -543,6 +543,7 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
         vocab_size = config.text_config.vocab_size
         self.config = config
         self.generation_config = GenerationConfig()
+        self.source_config = {}  # the config.json it was loaded from, in the hub layout
         self.audio_tower = AudioFlamingo3Encoder(config.audio_config)
         self.rotary_time = None
         if config.rotary_time_config is not None:
@@ -582,11 +583,22 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
             model = cls(AudioFlamingo3Config.from_dict(config))
         with load_weights.errors_naming(tokenizer_folder / "generation_config.json"):
             model.generation_config = from_known_keys(GenerationConfig, options)
+        if not load_weights.is_original_layout(folder):
+            model.source_config = load_weights.read_json(folder / "config.json")
         with load_weights.errors_naming(folder):
             tensors = dict(load_weights.read_tensors(folder))
             model.load_state_dict(tensors, strict=True, assign=True)
             model.to(device, choose_dtype(dtype, model.dtype))
         return model.requires_grad_(False).eval()
+
+    def save_pretrained(self, path) -> None:
+        """Writes a checkpoint directory in the hub layout, without the processor's files.
+
+        `from_pretrained` loads it, and so does transformers. Raises OSError or ValueError.
+        """
+        from plumbing.save_checkpoint import save_model
+
+        save_model(self, path)
 
     @property
     def device(self) -> torch.device:

@@ -40,6 +40,7 @@ from load_weights import (
     tokenizer_folder,
 )
 from plumbing.audio_file import load_audio, one_thread, to_float32, warn_about_length
+from plumbing.save_checkpoint import save_processor
 
 # ---- Log-mel ----
 
@@ -133,6 +134,7 @@ class Tokenizer:
     """
 
     def __init__(self, folder: Path):
+        self.folder = folder
         path = folder / "tokenizer.json"
         content = read_json(path)
         with errors_naming(path):
@@ -321,6 +323,10 @@ class AudioFlamingo3Processor:
         max_audio_len = config.get("max_audio_len", longest)
         check_max_audio_len(max_audio_len, config_path)
         return cls(tokenizer, max_audio_len, system_message, border_ids)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Copies its files to a checkpoint directory. Raises OSError or ValueError."""
+        save_processor(self.tokenizer.folder, path)
 
     def __call__(
         self,

@@ -1,0 +1,185 @@
+"""Checkpoints: a model or a processor in, a directory in the hub layout out.
+
+Everything is written into a folder inside the directory first and then moved out of it, and
+config.json comes last. A directory without it is no checkpoint, so whenever the program is
+killed, what is left is either whole or refused; nothing is half the old and half the new.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+MAX_SHARD_BYTES = 4_500_000_000
+
+SINGLE_FILE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+PROCESSOR_FILES = [
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt"),
+    *("processor_config.json", "preprocessor_config.json", "chat_template.jinja"),
+]
+
+# Holds the official processor_config.json and chat_template.jinja, which transformers needs and
+# the original layout does not have.
+TINY = Path(__file__).resolve().parent.parent / "tiny"
+
+
+def save_model(model: nn.Module, path: str | Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Writes weights, config.json and generation_config.json. Memory holds no second copy of the
+    weights, but for one shard of a model on another device. Raises ValueError for a model whose
+    layers were replaced."""
+    check_is_plain(model)
+    with new_files(path) as folder:
+        write_weights(folder, model.state_dict(), max_shard_bytes)
+        options = asdict(model.generation_config)
+        options = {name: value for name, value in options.items() if value is not None}
+        write_json(folder / "generation_config.json", options)
+        write_json(folder / "config.json", hub_config(model))
+
+
+def save_processor(source: Path, path: str | Path) -> None:
+    """Copies the files of a processor from the directory that it was read from."""
+    with new_files(path) as folder:
+        for name in PROCESSOR_FILES:
+            if (source / name).exists():
+                shutil.copyfile(source / name, folder / name)
+        if not (folder / "preprocessor_config.json").exists():
+            copy_if_missing("processor_config.json", folder)
+        copy_if_missing("chat_template.jinja", folder)
+
+
+def copy_if_missing(name: str, folder: Path) -> None:
+    if not (folder / name).exists():
+        shutil.copyfile(TINY / name, folder / name)
+
+
+# ---- Files ----
+
+
+@contextmanager
+def new_files(path: str | Path) -> Iterator[Path]:
+    """A folder to write files into; they move to the directory `path` when all are complete."""
+    directory = Path(path)
+    check_can_save(directory)
+    folder = directory / ".saving"
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        replace_files(folder, directory)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def replace_files(folder: Path, directory: Path) -> None:
+    """Moves the files of a folder to the directory. New weights replace all older ones."""
+    names = sorted(path.name for path in folder.iterdir())
+    if "config.json" in names:
+        names.remove("config.json")
+        names.append("config.json")  # the last: it makes the directory a checkpoint
+        (directory / "config.json").unlink(missing_ok=True)
+        for old in [*directory.glob("model*.safetensors"), directory / INDEX]:
+            old.unlink(missing_ok=True)
+    for name in names:
+        os.replace(folder / name, directory / name)
+
+
+def write_weights(folder: Path, tensors: dict[str, Tensor], max_shard_bytes: int) -> None:
+    """One file of tensors, or several shards and their index."""
+    shards = divide_into_shards(tensors, max_shard_bytes)
+    weight_map = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        if len(shards) == 1:
+            file = SINGLE_FILE
+        shard = {name: tensors[name].detach().cpu().contiguous() for name in names}
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        total_size = sum(tensor.nbytes for tensor in tensors.values())
+        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+        write_json(folder / INDEX, index)
+
+
+def divide_into_shards(tensors: dict[str, Tensor], max_bytes: int) -> list[list[str]]:
+    """Names of tensors that together have no more than `max_bytes`, in their order."""
+    shards = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.nbytes
+    return shards
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+# ---- config.json ----
+
+
+def hub_config(model: nn.Module) -> dict:
+    """The config.json that the model was loaded from, or a new one, with the dtype of today."""
+    config = model.source_config or new_config(model)
+    config = {**config, "dtype": str(model.dtype).removeprefix("torch.")}
+    config.pop("torch_dtype", None)  # its older name
+    for section in ("audio_config", "text_config"):
+        of_section = {**config.get(section, {})}
+        of_section.pop("dtype", None)
+        of_section.pop("torch_dtype", None)
+        config[section] = of_section
+    return config
+
+
+def new_config(model: nn.Module) -> dict:
+    """The config.json of a model that has none in the hub layout."""
+    audio_config = asdict(model.config.audio_config)
+    audio_config["model_type"] = "audioflamingo3_encoder"
+    text_config = asdict(model.config.text_config)
+    rope_theta = text_config.pop("rope_theta")
+    text_config["rope_parameters"] = {"rope_theta": rope_theta, "rope_type": "default"}
+    text_config["tie_word_embeddings"] = False
+    text_config["model_type"] = "qwen2"
+    return {
+        "architectures": [type(model).__name__],
+        "model_type": "audioflamingo3",
+        "audio_config": audio_config,
+        "text_config": text_config,
+        "audio_token_id": model.config.audio_token_id,
+    }
+
+
+# ---- Checks ----
+
+
+def check_is_plain(model: nn.Module) -> None:
+    """Refuses a model with other tensors than a checkpoint has, such as one in int8."""
+    with torch.device("meta"):
+        plain = type(model)(model.config)
+    others = set(model.state_dict()) ^ set(plain.state_dict())
+    if others:
+        raise ValueError(
+            f"{min(others)}: a checkpoint's tensors are expected; "
+            "save the model before it is quantised, and merge adapters."
+        )
+
+
+def check_can_save(directory: Path) -> None:
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory}: not a directory; the name of a directory is expected.")
+    if (directory / "llm").is_dir():
+        raise ValueError(
+            f"{directory}: a checkpoint in the original layout; choose another directory."
+        )

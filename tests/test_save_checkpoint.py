@@ -1,0 +1,183 @@
+"""save_pretrained writes what from_pretrained reads, and whenever it is killed, nothing by halves.
+
+That transformers reads it to the same text is shown by `python tests/exact_trained.py`.
+"""
+
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from af3 import AudioFlamingo3ForConditionalGeneration
+from checkpoints import read_json, write_original, write_sharded
+from conftest import TINY
+from extras.quantize import quantize
+from plumbing.save_checkpoint import save_model
+from processor import AudioFlamingo3Processor
+from signals import conversation, sound
+
+
+def load(folder, dtype="auto"):
+    return AudioFlamingo3ForConditionalGeneration.from_pretrained(folder, "cpu", dtype)
+
+
+def assert_same_tensors(model, other):
+    tensors = other.state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, tensors[name]), name
+
+
+@pytest.fixture
+def saved(model, processor, tmp_path):
+    model.save_pretrained(tmp_path / "saved")
+    processor.save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+# ---- What is written ----
+
+
+def test_a_saved_model_is_loaded_as_it_was(saved, model):
+    again = load(saved)
+    assert_same_tensors(again, model)
+    assert again.config == model.config
+    assert again.generation_config == model.generation_config
+
+
+def test_a_saved_processor_gives_the_same_tensors(saved, processor):
+    again = AudioFlamingo3Processor.from_pretrained(saved)
+    chat = conversation(sound(20000))
+    expected = processor.apply_chat_template(chat, add_generation_prompt=True)
+    batch = again.apply_chat_template(chat, add_generation_prompt=True)
+    assert again.max_samples == processor.max_samples
+    for name, tensor in expected.items():
+        assert torch.equal(batch[name], tensor)
+
+
+def test_the_configuration_stays_that_of_the_checkpoint_but_for_the_dtype(
+    micro, processor, tmp_path
+):
+    load(micro, "bfloat16").save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    expected = read_json(micro / "config.json") | {"dtype": "bfloat16"}
+    assert read_json(tmp_path / "config.json") == expected
+    assert load(tmp_path).dtype == torch.bfloat16
+
+
+def test_tensors_have_the_names_of_the_hub_layout(saved, micro):
+    assert set(load_file(saved / "model.safetensors")) == set(
+        load_file(micro / "model.safetensors")
+    )
+
+
+def test_the_original_layout_is_saved_in_the_hub_layout(micro, tmp_path, model):
+    write_original(micro, tmp_path / "original")
+    original = load(tmp_path / "original")
+    original.save_pretrained(tmp_path / "hub")
+    processor = AudioFlamingo3Processor.from_pretrained(tmp_path / "original")
+    processor.save_pretrained(tmp_path / "hub")
+    assert_same_tensors(load(tmp_path / "hub"), model)
+    assert load(tmp_path / "hub").config == model.config
+    for name in ("processor_config.json", "chat_template.jinja"):
+        assert (tmp_path / "hub" / name).read_text() == (TINY / name).read_text()
+
+
+def test_options_of_generation_are_saved_as_they_are_now(spoilt):
+    model = load(spoilt)
+    model.generation_config.max_new_tokens = 7
+    model.save_pretrained(spoilt)
+    assert load(spoilt).generation_config.max_new_tokens == 7
+
+
+# ---- Shards ----
+
+
+def test_large_weights_are_divided_into_shards_with_an_index(model, processor, tmp_path):
+    save_model(model, tmp_path, max_shard_bytes=100_000)
+    processor.save_pretrained(tmp_path)
+    index = read_json(tmp_path / "model.safetensors.index.json")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 5
+    assert {path.name for path in shards} == set(index["weight_map"].values())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in model.state_dict().values())
+    for shard in shards:
+        tensors = load_file(shard)
+        assert len(tensors) == 1 or sum(t.nbytes for t in tensors.values()) <= 100_000
+    assert_same_tensors(load(tmp_path), model)
+
+
+def test_new_weights_replace_shards_that_were_there(spoilt, model):
+    write_sharded(spoilt)
+    changed = load(spoilt)
+    changed.multi_modal_projector.linear_1.bias.fill_(7)
+    changed.save_pretrained(spoilt)
+    assert [path.name for path in spoilt.glob("*.safetensors*")] == ["model.safetensors"]
+    assert (load(spoilt).multi_modal_projector.linear_1.bias == 7).all()
+
+
+def test_a_model_can_be_saved_where_its_own_memory_maps_are(spoilt, model):
+    loaded = load(spoilt)
+    loaded.save_pretrained(spoilt)
+    assert_same_tensors(loaded, model)
+    assert_same_tensors(load(spoilt), model)
+
+
+# ---- Interruptions ----
+
+
+@pytest.mark.parametrize("moves", range(3))
+def test_an_interrupted_save_leaves_no_half_checkpoint(spoilt, monkeypatch, moves):
+    """Weights, generation_config.json and config.json are moved: it is interrupted after so many."""
+    model = load(spoilt)
+    done = []
+
+    def replace(source, destination):
+        if len(done) == moves:
+            raise KeyboardInterrupt
+        done.append(os.rename(source, destination))
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        model.save_pretrained(spoilt)
+    with pytest.raises(FileNotFoundError, match="no config.json inside"):
+        load(spoilt)
+
+
+def test_a_save_that_fails_while_it_writes_leaves_the_checkpoint_as_it_was(
+    spoilt, model, monkeypatch
+):
+    def full_disk(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("plumbing.save_checkpoint.save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        load(spoilt).save_pretrained(spoilt)
+    assert_same_tensors(load(spoilt), model)
+    assert not (spoilt / ".saving").exists()
+
+
+def test_what_a_killed_save_has_left_does_no_harm(spoilt, model):
+    (spoilt / ".saving").mkdir()
+    (spoilt / ".saving" / "model-00001-of-00009.safetensors").write_text("half")
+    load(spoilt).save_pretrained(spoilt)
+    assert_same_tensors(load(spoilt), model)
+    assert not (spoilt / ".saving").exists()
+
+
+# ---- Faults ----
+
+
+def test_a_quantised_model_is_refused(spoilt, tmp_path):
+    with pytest.raises(ValueError, match="scale: .* before it is quantised"):
+        quantize(load(spoilt)).save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_directory_in_the_original_layout_and_a_file_are_refused(micro, tmp_path, model):
+    write_original(micro, tmp_path / "original")
+    with pytest.raises(ValueError, match="original layout; choose another"):
+        model.save_pretrained(tmp_path / "original")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file: not a directory"):
+        model.save_pretrained(tmp_path / "file")
