@@ -57,9 +57,7 @@ def read_jobs(
     """
     jobs = []
     if prompts_file:
-        entries = read_entries(prompts_file)
-        for number, entry in enumerate(entries, start=1):
-            place = f"{prompts_file}: entry {number}"
+        for place, entry in read_entries(prompts_file):
             jobs.append(new_job(entry, prompt, OWN_FIELDS | (fields or {}), place, prompts_file))
     seen = set()
     for name in names:
@@ -71,8 +69,11 @@ def read_jobs(
     return jobs
 
 
-def read_entries(path: str) -> list:
-    """What a JSON array holds, or each line of JSON lines; "-" is standard input."""
+def read_entries(path: str) -> list[tuple[str, object]]:
+    """What a JSON array holds, or each line of JSON lines, and where it stands: "FILE: line 3".
+
+    "-" is standard input.
+    """
     if path != "-":
         check_is_file(Path(path))
         content = Path(path).read_bytes()
@@ -81,13 +82,15 @@ def read_entries(path: str) -> list:
     else:
         raise ValueError("Standard input is closed; JSON lines are expected there.")
     text = content.decode("utf-8-sig", errors="replace")
+    entries = []
     if text.lstrip().startswith("["):
-        entries = parse_json(text, path)
+        for number, entry in enumerate(parse_json(text, path), start=1):
+            entries.append((f"{path}: entry {number}", entry))
     else:
-        entries = []
         for number, line in enumerate(text.split("\n"), start=1):
+            place = f"{path}: line {number}"
             if line.strip():
-                entries.append(parse_json(line, f"{path}: line {number}"))
+                entries.append((place, parse_json(line, place)))
     if not entries:
         raise ValueError(f"{path}: no entries inside.")
     return entries
@@ -108,7 +111,7 @@ def parse_line(line: str):
 
 
 def new_job(entry, prompt: str, fields: dict[str, str], place: str, prompts_file: str) -> Job:
-    """A job of an entry. Raises ValueError, with the entry's number, for what is wrong with it."""
+    """A job of an entry. Raises ValueError, with the entry's place, for what is wrong with it."""
     if not isinstance(entry, dict):
         raise ValueError(f"{place}: a JSON object is expected.")
     audio_field = fields["audio"]

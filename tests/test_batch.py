@@ -338,10 +338,10 @@ def test_a_file_that_is_not_json_is_refused(run, tmp_path, content, reason):
 )
 def test_what_is_wrong_with_an_entry_is_said_before_any_work(run, tmp_path, line, reason):
     prompts = tmp_path / "in.jsonl"
-    prompts.write_text('{"audio": "a.wav"}\n' + line)
+    prompts.write_text('{"audio": "a.wav"}\n\n' + line)
     status, out, err = run("--prompts", prompts)
     assert (status, out) == (2, "")
-    assert f"in.jsonl: entry 2: {reason}" in err
+    assert f"in.jsonl: line 3: {reason}" in err
     assert err.count("\n") == 1
 
 
