@@ -1,4 +1,4 @@
-"""LoRA adapters (Hu et al. 2021), merged into a loaded model. AF-Think is one.
+"""LoRA adapters (Hu et al. 2021), merged into a loaded model: AF-Think, or one of finetune.py.
 
 An adapter adds to a weight W (out, in) the product of two thin matrices, which were trained
 instead of W: W + scale * B @ A, with A (rank, in) and B (out, rank).
@@ -10,28 +10,42 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from load_weights import check_is_file, errors_naming, find_checkpoint, model_name, read_json
+from load_weights import (
+    check_is_file,
+    check_is_there,
+    errors_naming,
+    find_checkpoint,
+    model_name,
+    read_json,
+)
+
+OTHERS = "non_lora_trainables.bin"  # what was trained as a whole, beside the factors
 
 
 def find_think_adapter(path: str | Path) -> Path:
     """The directory of AF-Think's adapter in a checkpoint: think/, or stage35/ in the original."""
     folder = find_checkpoint(path)
     original = folder / "stage35"
-    return original if original.is_dir() else folder / "think"
+    think = original if original.is_dir() else folder / "think"
+    if not think.is_dir():
+        raise FileNotFoundError(
+            f"{think}: no such directory; the AF-Think adapter is expected there, or in stage35/."
+        )
+    check_is_there(think / OTHERS)  # it has weights that are not LoRA
+    return think
 
 
 def merge_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     """Merges the adapter in a directory, as `peft` saves it, into the model's weights.
 
     The sum is in float32 and rounded once, to the weight's dtype. What was trained beside the
-    adapter (non_lora_trainables.bin) replaces the model's own. Returns the model. Raises
-    FileNotFoundError or ValueError; a tensor that has no place in the model is named.
+    adapter (in non_lora_trainables.bin, if it is there) replaces the model's own. Returns the
+    model. Raises FileNotFoundError or ValueError; a tensor that has no place in the model is
+    named.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{folder}: no such directory; the AF-Think adapter is expected there, or in stage35/."
-        )
+        raise FileNotFoundError(f"{folder}: no such directory; an adapter is expected.")
     config_path = folder / "adapter_config.json"
     config = read_json(config_path)
     check_adapter_config(config, config_path)
@@ -66,13 +80,15 @@ def lora_scale(config: dict, rank: int) -> float:
 
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter's two files, under their own names."""
-    path = folder / "non_lora_trainables.bin"
+    """The tensors of an adapter's one or two files, under their own names."""
+    tensors = {}
+    path = folder / OTHERS
     check_is_file(path)
-    with errors_naming(path):
-        # A pickle, which can run code when it is read. weights_only refuses all but tensors.
-        tensors = dict(torch.load(path, map_location="cpu", weights_only=True))
-        check_floating_point(tensors)
+    if path.exists():
+        with errors_naming(path):
+            # A pickle, which can run code when it is read. weights_only refuses all but tensors.
+            tensors = dict(torch.load(path, map_location="cpu", weights_only=True))
+            check_floating_point(tensors)
     path = folder / "adapter_model.safetensors"
     check_is_file(path)
     with errors_naming(path):
