@@ -71,6 +71,8 @@ def add_model_options(add: Callable) -> None:
     think_help = """merge the AF-Think adapter in the model's directory; end the prompt with:
     Please think and reason about the input audio before you respond."""
     add("--think", action="store_true", help=think_help)
+    adapter_help = "merge the LoRA adapter in DIR, as peft saves it; may be given several times"
+    add("--adapter", action="append", metavar="DIR", help=adapter_help)
 
 
 def add_answer_options(add: Callable) -> None:
@@ -230,16 +232,19 @@ def use_one_thread_if_small(model: AudioFlamingo3ForConditionalGeneration) -> No
 
 def load_changed_model(args: argparse.Namespace) -> AudioFlamingo3ForConditionalGeneration:
     choose_dtype(args.dtype, torch.float32)  # refuses an unknown one before the model is loaded
-    if not (args.think or args.int8):
+    if not (args.think or args.adapter or args.int8):
         return AudioFlamingo3ForConditionalGeneration.from_pretrained(
             args.model, args.device, args.dtype
         )
     # Weights are changed on the CPU, one layer at a time, before they move to the device.
     model = AudioFlamingo3ForConditionalGeneration.from_pretrained(args.model, "cpu")
-    if args.think:
+    if args.think or args.adapter:
         from extras.lora import find_think_adapter, merge_adapter
 
-        merge_adapter(model, find_think_adapter(args.model))
+        if args.think:
+            merge_adapter(model, find_think_adapter(args.model))
+        for folder in args.adapter or []:
+            merge_adapter(model, folder)
     model.to(choose_dtype(args.dtype, model.dtype))
     if args.int8:
         from extras.quantize import quantize

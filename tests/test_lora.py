@@ -93,6 +93,25 @@ def test_a_merged_model_can_be_quantised(checkpoint, batch):
     assert 0 < (logits - expected).norm() < 0.05 * expected.norm()
 
 
+def test_an_adapter_of_factors_alone_needs_no_other_file(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint / "think", tmp_path / "adapter")
+    (folder / OTHERS).unlink()
+    merged = merge_adapter(load(checkpoint), folder)
+    of_think = load_merged(checkpoint).state_dict()
+    others = torch.load(checkpoint / "think" / OTHERS)
+    for name, tensor in merged.state_dict().items():
+        assert torch.equal(tensor, of_think[name]) != (name in others), name
+
+
+def test_several_adapters_add_up(checkpoint):
+    name = "language_model.model.layers.0.self_attn.q_proj.weight"
+    folder = find_think_adapter(checkpoint)
+    original = load(checkpoint).state_dict()[name]
+    once = load_merged(checkpoint).state_dict()[name]
+    twice = merge_adapter(load_merged(checkpoint), folder).state_dict()[name]
+    torch.testing.assert_close(twice - once, once - original)
+
+
 # ---- Names and places ----
 
 
@@ -245,6 +264,23 @@ def test_think_merges_the_adapter_of_the_model(checkpoint, run, clip):
     status, answer, _ = run(clip, "Hi", *options, "--think", model=checkpoint)
     assert status == 0
     assert answer != plain
+
+
+def test_adapter_merges_the_one_in_a_directory_and_may_be_repeated(checkpoint, run, clip):
+    options = ["--max-new-tokens", 16, "--quiet"]
+    adapter = ["--adapter", checkpoint / "think"]
+    _, with_think, _ = run(clip, "Hi", *options, "--think", model=checkpoint)
+    _, once, _ = run(clip, "Hi", *options, *adapter, model=checkpoint)
+    _, twice, _ = run(clip, "Hi", *options, *adapter, *adapter, model=checkpoint)
+    _, both, _ = run(clip, "Hi", *options, *adapter, "--think", model=checkpoint)
+    assert once == with_think
+    assert twice == both != once
+
+
+def test_an_adapter_that_is_not_there_is_refused(run, clip):
+    status, out, err = run(clip, "Hi", "--adapter", "nowhere")
+    assert (status, out) == (2, "")
+    assert err == "error: nowhere: no such directory; an adapter is expected.\n"
 
 
 def test_think_without_an_adapter_is_refused(run, clip):
