@@ -52,8 +52,8 @@ def merge_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     tensors = read_adapter(folder)
     weights = model.state_dict()
     with errors_naming(folder):
-        names = {model_name(name): name for name in tensors}  # the model's name -> the adapter's
-        tensors = {model_name(name): tensor for name, tensor in tensors.items()}
+        names = {merged_name(name): name for name in tensors}  # the model's name -> the adapter's
+        tensors = {merged_name(name): tensor for name, tensor in tensors.items()}
         for name, weight in weights.items():
             layer = name.removesuffix("weight")
             if f"{layer}lora_A.weight" in tensors and f"{layer}lora_B.weight" in tensors:
@@ -70,6 +70,11 @@ def merge_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     if unplaced:
         raise ValueError(f"{folder}: no place in the model for {', '.join(unplaced)}.")
     return model.requires_grad_(False)
+
+
+def merged_name(name: str) -> str:
+    """The model's name for a tensor of an adapter, in which a layer with factors may be whole."""
+    return model_name(name).replace(".base_layer.", ".")
 
 
 def lora_scale(config: dict, rank: int) -> float:

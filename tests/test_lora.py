@@ -103,6 +103,18 @@ def test_an_adapter_of_factors_alone_needs_no_other_file(checkpoint, tmp_path):
         assert torch.equal(tensor, of_think[name]) != (name in others), name
 
 
+def test_factors_add_to_the_layer_that_the_adapter_brings_as_a_whole(checkpoint):
+    """As peft saves it where the lm_head has factors."""
+    whole = {"base_model.model.lm_head.base_layer.weight": torch.full((647, 48), 0.5)}
+    a = torch.randn(2, 48)
+    b = torch.randn(647, 2)
+    whole |= {"base_model.model.lm_head.lora_A.weight": a}
+    whole |= {"base_model.model.lm_head.lora_B.weight": b}
+    change_tensors(checkpoint / "think" / FACTORS, whole)
+    weight = load_merged(checkpoint).language_model.lm_head.weight
+    torch.testing.assert_close(weight, 0.5 + 3 * b @ a)  # lora_alpha / rank = 6 / 2
+
+
 def test_several_adapters_add_up(checkpoint):
     name = "language_model.model.layers.0.self_attn.q_proj.weight"
     folder = find_think_adapter(checkpoint)
