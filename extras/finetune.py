@@ -1,0 +1,616 @@
+"""Teaches the model a task from examples, by LoRA or as a whole, with PyTorch alone.
+
+    python -m extras.finetune train.jsonl --model MODEL --output DIR
+    python -m extras.finetune train.jsonl --model MODEL --output DIR --resume
+    torchrun --nproc-per-node 2 -m extras.finetune train.jsonl --model MODEL --output DIR
+
+Each line of train.jsonl is such as {"audio": "a.wav", "prompt": "Who speaks?", "answer": "theo"}.
+The loss is the cross-entropy of the answer's tokens and of the end of the turn. Nothing else is
+learnt: a model that also learns to predict its prompts forgets what it was asked for.
+
+LoRA (Hu et al. 2021) leaves a weight W (out, in) as it is and learns what to add to it, as the
+product of two thin matrices: W + scale * B @ A, with A (rank, in) and B (out, rank). DIR then
+holds an adapter as `peft` saves it: for `generate.py --adapter DIR` here, and for transformers.
+With --full everything is trained, and DIR holds a whole checkpoint.
+
+From Python: `finetune(model, processor, examples, "DIR", Settings(epochs=1))`.
+Letters in shapes: B rows of a batch, T tokens, H hidden size, N tokens of all answers.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import random
+import statistics
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from af3 import AudioFlamingo3ForConditionalGeneration, check_length
+from extras.batch import OWN_FIELDS, load_one, new_job, read_entries, with_choices
+from load_weights import TRANSFORMERS_5_NAMES
+from plumbing import terminal
+from plumbing.save_checkpoint import new_files, write_json
+from processor import AudioFlamingo3Processor, Batch
+
+DECODER_LINEARS = (
+    *("q_proj", "k_proj", "v_proj", "o_proj"),  # attention
+    *("gate_proj", "up_proj", "down_proj"),  # feed-forward
+)
+HEAD = "lm_head"  # a target too, for answers in words that the model has hardly ever said
+STATE_FILE = "training_state.pt"
+SHOWN_FAULTS = 5  # bad lines that an error names; of more it says how many
+SHOWN_ANSWERS = 4  # held-out answers that a report prints
+
+
+@dataclass
+class Settings:
+    """What decides how the weights come out. A run can be resumed only with the same."""
+
+    model: str | None = None  # the name of the checkpoint, written into the adapter
+    rank: int = 16  # rows of A, columns of B
+    alpha: float = 32.0  # scale = alpha / rank
+    targets: tuple[str, ...] = DECODER_LINEARS  # linear layers of the decoder that get factors
+    projector: bool = False  # whether the projector's two layers get factors too
+    full: bool = False  # train all weights instead
+    epochs: int = 3
+    batch_size: int = 8  # examples in a step, on each process
+    learning_rate: float = 2e-4  # the highest
+    warmup: float = 0.05  # the part of all steps in which the learning rate rises
+    held_out: float = 0.05  # the part of the examples that is not trained on
+    seed: int = 0
+
+    def __post_init__(self):
+        check_settings(self)
+
+
+# ---- Examples ----
+
+
+@dataclass
+class Example:
+    messages: list[dict]  # the question with its recordings, then the answer
+    answer: str
+    length: int  # in tokens, audio frames among them
+
+
+def read_examples(
+    path: str, processor: AudioFlamingo3Processor, max_tokens: int, progress: Callable = print
+) -> list[Example]:
+    """The examples in a file of JSON lines or a JSON array. Every recording is read once.
+
+    Raises ValueError, which names bad lines by their numbers; max_tokens is the model's limit.
+    """
+    examples = []
+    faults = []
+    entries = read_entries(path)
+    for number, (place, entry) in enumerate(entries, start=1):
+        try:
+            examples.append(read_example(entry, place, path, processor, max_tokens))
+        except (ValueError, OSError, RuntimeError) as error:
+            fault = terminal.describe_error(error)
+            faults.append(fault if place in fault else f"{place}: {fault}")
+        progress(number, len(entries))
+    if faults:
+        more = len(faults) - SHOWN_FAULTS
+        shown = " ".join(faults[:SHOWN_FAULTS])
+        raise ValueError(shown if more <= 0 else f"{shown} And {more} more lines are wrong.")
+    return examples
+
+
+def read_example(
+    entry, place: str, path: str, processor: AudioFlamingo3Processor, max_tokens: int
+) -> Example:
+    prompt = AudioFlamingo3Processor.default_transcription_prompt
+    job = new_job(entry, prompt, OWN_FIELDS, place, path)
+    answer = entry.get("answer")
+    if not isinstance(answer, str) or not answer.strip():
+        raise ValueError(f'{place}: "answer" is {json.dumps(answer)}; text is expected.')
+    if processor.audio_token in job.prompt:
+        raise ValueError(f"{place}: leave out {processor.audio_token}; the audio comes first.")
+    content = []
+    num_frames = 0
+    for file in job.recordings:
+        num_frames += processor.count_audio_frames(load_one(file, processor))
+        content.append({"type": "audio", "path": file})
+    content.append({"type": "text", "text": with_choices(job.prompt, job.choices)})
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+    text = processor.apply_chat_template(messages, tokenize=False)  # a <sound> for each recording
+    ids = processor.tokenizer.encode_pieces(processor.tokenizer.split_added_tokens(text))
+    length = len(ids) - len(job.recordings) + num_frames
+    check_length(length, 0, max_tokens)
+    return Example(messages, answer, length)
+
+
+def hold_out(examples: list[Example], settings: Settings) -> tuple[list[Example], list[Example]]:
+    """The examples to train on, and those of which only loss and answers are looked at."""
+    count = math.ceil(settings.held_out * len(examples))
+    shuffled = random.Random(settings.seed).sample(examples, len(examples))
+    return shuffled[count:], shuffled[:count]
+
+
+def plan_batches(
+    examples: list[Example], batch_size: int, settings: Settings
+) -> list[list[Example]]:
+    """The batch of each step of the training, known before it begins: so it can be resumed.
+
+    An epoch takes the examples in random order, 16 batches at a time, and sorts these by length,
+    so that little is padded. Examples that fill no batch are left out of the epoch.
+    """
+    plan = []
+    for epoch in range(settings.epochs):
+        rng = random.Random(f"{settings.seed} {epoch}")
+        shuffled = rng.sample(examples, len(examples) // batch_size * batch_size)
+        batches = []
+        for start in range(0, len(shuffled), 16 * batch_size):
+            pool = shuffled[start : start + 16 * batch_size]
+            pool.sort(key=lambda example: example.length)
+            for first in range(0, len(pool), batch_size):
+                batches.append(pool[first : first + batch_size])
+        plan += rng.sample(batches, len(batches))
+    return plan
+
+
+def make_batch(examples: list[Example], processor: AudioFlamingo3Processor) -> Batch:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `read_examples` has shown what is odd about a recording
+        return processor.apply_chat_template(
+            [example.messages for example in examples], output_labels="answer"
+        )
+
+
+# ---- What is trained ----
+
+
+class LoraLinear(nn.Module):
+    """A linear layer that stays as it is, and the two factors of what is added to its weight."""
+
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float):
+        super().__init__()
+        self.linear = linear
+        self.scale = alpha / rank
+        # In float32 whatever the weight's dtype: a step of training is too small for bfloat16.
+        like = {"dtype": torch.float32, "device": linear.weight.device}
+        self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, **like))
+        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, **like))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as in a new nn.Linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        added = F.linear(F.linear(x.float(), self.lora_A), self.lora_B)  # (..., out)
+        return self.linear(x) + (self.scale * added).to(x.dtype)
+
+
+def make_trainable(
+    model: AudioFlamingo3ForConditionalGeneration, settings: Settings
+) -> dict[str, nn.Parameter]:
+    """Gives the model its factors, or frees all weights; returns what is trained, by name."""
+    torch.manual_seed(settings.seed)
+    if settings.full:
+        model.float().requires_grad_(True)
+    else:
+        for name in lora_layers(model, settings):
+            parent, _, child = name.rpartition(".")
+            lora = LoraLinear(model.get_submodule(name), settings.rank, settings.alpha)
+            setattr(model.get_submodule(parent), child, lora)
+    parameters = model.named_parameters()
+    return {name: parameter for name, parameter in parameters if parameter.requires_grad}
+
+
+def lora_layers(model: nn.Module, settings: Settings) -> list[str]:
+    """The names of the linear layers that get factors."""
+    names = []
+    for name, module in model.named_modules():
+        in_decoder = name.startswith("language_model.")
+        in_projector = name.startswith("multi_modal_projector.")
+        is_target = in_decoder and name.rpartition(".")[2] in settings.targets
+        if is_target or (in_projector and settings.projector):
+            names.append(name)
+    return names
+
+
+def save_memory(model: AudioFlamingo3ForConditionalGeneration) -> None:
+    """Gradient checkpointing (Chen et al. 2016): what is inside a layer is computed again when
+    its gradient is, and not kept until then."""
+    for layer in [*model.audio_tower.layers, *model.language_model.model.layers]:
+        layer.forward = partial(
+            checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
+        )
+
+
+class AnswerLoss(nn.Module):
+    """The cross-entropy of the answers in a batch, summed over their tokens.
+
+    A module of its own, because DistributedDataParallel wants one. The logits are computed where
+    an answer's token is predicted only: (N, V). All of them, (B, T, V), would take gigabytes.
+    """
+
+    def __init__(self, model: AudioFlamingo3ForConditionalGeneration):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> Tensor:
+        inputs = {**batch}
+        labels = inputs.pop("labels")[:, 1:]  # (B, T - 1): the next token of each
+        inputs["attention_mask"] = inputs["attention_mask"].bool()
+        is_answer = labels != -100
+        x = self.model.prefill(**inputs)[:, :-1]  # (B, T - 1, H)
+        logits = self.model.language_model.lm_head(x[is_answer])  # (N, V)
+        return F.cross_entropy(logits.float(), labels[is_answer], reduction="sum")
+
+
+# ---- Training ----
+
+
+def finetune(
+    model: AudioFlamingo3ForConditionalGeneration,
+    processor: AudioFlamingo3Processor,
+    examples: list[Example],
+    output: str | Path,
+    settings: Settings,
+    save_every: int = 100,
+    resume: bool = False,
+) -> None:
+    """Trains the model and writes the result to the directory `output`.
+
+    Every `save_every` steps it prints a report and writes the state from which a run that was
+    killed is resumed. A resumed run ends with the weights of one that was never killed.
+    """
+    trained_on, held_out = hold_out(examples, settings)
+    batch_size = settings.batch_size * num_processes()
+    check_enough(trained_on, batch_size)
+    plan = plan_batches(trained_on, batch_size, settings)
+    dtype = model.dtype
+    trained = make_trainable(model, settings)
+    optimizer = torch.optim.AdamW(trained.values(), weight_decay=0.0)
+    answer_loss = AnswerLoss(model)
+    if num_processes() > 1:  # every process has made the same factors
+        answer_loss = DistributedDataParallel(answer_loss, init_sync=False)
+
+    identity = {**asdict(settings), "batch_size": batch_size, "examples": digest(examples)}
+    state = State(Path(output), identity, trained, optimizer)
+    first_step = state.load() if resume else state.start()
+    report = Report(len(plan), first_step, len(trained_on), len(held_out))
+    for step in range(first_step, len(plan)):
+        rate = learning_rate(step, len(plan), settings)
+        part = plan[step][process_number() :: num_processes()]
+        batch = make_batch(part, processor).to(model.device)
+        loss = train_step(answer_loss, batch, optimizer, rate)
+        report.add(step + 1, loss, rate)
+        is_last = step + 1 == len(plan)
+        if (step + 1) % save_every == 0 and not is_last and process_number() == 0:
+            state.save(step + 1)
+            if not settings.full:
+                save_adapter(model, settings, output)
+            report.show(model, processor, held_out, settings.batch_size)
+    if process_number() == 0:
+        state.save(len(plan))
+        report.show(model, processor, held_out, settings.batch_size)
+        if settings.full:
+            model.to(dtype).save_pretrained(output)
+            processor.save_pretrained(output)
+        else:
+            save_adapter(model, settings, output)
+
+
+def train_step(
+    answer_loss: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, rate: float
+) -> float:
+    """One step of the optimizer; returns the mean loss of a token on this process."""
+    num_tokens = (batch["labels"] != -100).sum()
+    all_tokens = num_tokens.clone()
+    if num_processes() > 1:
+        dist.all_reduce(all_tokens)
+    loss = answer_loss(batch)
+    # Gradients are those of the mean over the tokens of all processes.
+    # DistributedDataParallel divides their sum by the number of processes; this undoes it.
+    (loss * num_processes() / all_tokens).backward()
+    parameters = optimizer.param_groups[0]["params"]
+    nn.utils.clip_grad_norm_(parameters, max_norm=1.0)
+    optimizer.param_groups[0]["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(loss.detach() / num_tokens)
+
+
+def learning_rate(step: int, steps: int, settings: Settings) -> float:
+    """Rises in a straight line to the highest, then falls along half a cosine to zero."""
+    warmup_steps = max(1, round(settings.warmup * steps))
+    if step < warmup_steps:
+        return settings.learning_rate * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)  # from 0 to 1
+    return settings.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+
+
+def num_processes() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def process_number() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+# ---- Reports ----
+
+
+class Report:
+    """A line of progress, in a terminal after every step, and what the held-out examples give."""
+
+    def __init__(self, steps: int, first_step: int, num_examples: int, num_held_out: int):
+        self.steps = steps
+        self.first_step = first_step
+        self.losses = []  # since the last report
+        self.line = ""
+        self.progress = terminal.Progress(steps, quiet=process_number() != 0)
+        if process_number() == 0:
+            print(f"{num_examples} examples, {num_held_out} held out; {steps} steps", flush=True)
+
+    def add(self, step: int, loss: float, rate: float) -> None:
+        self.losses.append(loss)
+        per_step = self.progress.seconds() / (step - self.first_step)
+        self.line = (
+            f"step {step} of {self.steps}, loss {statistics.mean(self.losses):.4f}, "
+            f"learning rate {rate:.1e}, {(self.steps - step) * per_step:.0f} s left"
+        )
+        self.progress.write(self.line)
+
+    def show(
+        self,
+        model: AudioFlamingo3ForConditionalGeneration,
+        processor: AudioFlamingo3Processor,
+        held_out: list[Example],
+        batch_size: int,
+    ) -> None:
+        self.progress.clear()
+        if self.line:
+            print(self.line, flush=True)
+        self.losses = []
+        if not held_out:
+            return
+        print(f"  held out: loss {held_out_loss(model, processor, held_out, batch_size):.4f}")
+        for example in held_out[:SHOWN_ANSWERS]:
+            response = terminal.one_line(answer(model, processor, example))
+            print(f"  {response!r}, where {example.answer!r} is right", flush=True)
+
+
+@torch.no_grad()
+def held_out_loss(model, processor, examples: list[Example], batch_size: int) -> float:
+    """The mean loss of a token in the answers of these examples."""
+    total = 0.0
+    num_tokens = 0
+    ordered = sorted(examples, key=lambda example: example.length)
+    for start in range(0, len(ordered), batch_size):
+        batch = make_batch(ordered[start : start + batch_size], processor).to(model.device)
+        total += float(AnswerLoss(model)(batch))
+        num_tokens += int((batch["labels"] != -100).sum())
+    return total / num_tokens
+
+
+def answer(model, processor, example: Example) -> str:
+    question = example.messages[:1]
+    batch = processor.apply_chat_template(question, add_generation_prompt=True).to(model.device)
+    ids = model.generate(**batch, max_new_tokens=64)
+    return processor.decode(ids[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+# ---- Saving, and going on after an interruption ----
+
+
+class State:
+    """All that decides how a run goes on: the step, what is trained, the optimizer's moments."""
+
+    def __init__(self, output: Path, identity: dict, trained: dict, optimizer):
+        self.output = output
+        self.path = output / STATE_FILE
+        self.identity = json.loads(json.dumps(identity))  # tuples as lists, as they come back
+        self.trained = trained
+        self.optimizer = optimizer
+
+    def start(self) -> int:
+        if self.path.exists():
+            raise ValueError(f"{self.output}: holds a run already; --resume goes on with it.")
+        return 0
+
+    def save(self, step: int) -> None:
+        """Replaces the file as a whole, so that one of an earlier step is there until then."""
+        content = {
+            "step": step,
+            "identity": self.identity,
+            "weights": {name: parameter.detach() for name, parameter in self.trained.items()},
+            "optimizer": self.optimizer.state_dict(),
+        }
+        with new_files(self.output) as folder:
+            torch.save(content, folder / STATE_FILE)
+
+    def load(self) -> int:
+        """The step to go on with: 0 if the run was killed before it saved anything."""
+        if not self.path.exists():
+            return 0
+        try:
+            content = torch.load(self.path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ValueError(f"{self.path}: not a training state ({error}).") from None
+        for name, value in self.identity.items():
+            if content["identity"].get(name) != value:
+                raise ValueError(
+                    f"{self.output}: its run has {name} {content['identity'].get(name)}, not "
+                    f"{value}; --resume goes on with the same settings and lines only."
+                )
+        for name, parameter in self.trained.items():
+            parameter.data.copy_(content["weights"][name])
+        self.optimizer.load_state_dict(content["optimizer"])
+        return content["step"]
+
+
+def digest(examples: list[Example]) -> str:
+    """Tells one training set from another."""
+    content = json.dumps([example.messages for example in examples])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def save_adapter(model: nn.Module, settings: Settings, output: str | Path) -> None:
+    """Writes the factors as peft does for transformers' model."""
+    layers = []
+    tensors = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLinear):
+            layer = transformers_name(name)
+            layers.append(layer)
+            tensors[f"base_model.model.{layer}.lora_A.weight"] = module.lora_A.detach().cpu()
+            tensors[f"base_model.model.{layer}.lora_B.weight"] = module.lora_B.detach().cpu()
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": settings.model,
+        "r": settings.rank,
+        "lora_alpha": settings.alpha,
+        "target_modules": layers,
+        "bias": "none",
+        "inference_mode": True,
+    }
+    with new_files(output) as folder:
+        write_json(folder / "adapter_config.json", config)
+        save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+
+
+def transformers_name(name: str) -> str:
+    """A module's name in transformers' model, which is not that in its checkpoint."""
+    name = f"{name}."
+    for theirs, ours in TRANSFORMERS_5_NAMES.items():
+        if name.startswith(ours):
+            name = theirs + name.removeprefix(ours)
+            break
+    return name.removesuffix(".")
+
+
+# ---- Checks ----
+
+
+def check_settings(settings: Settings) -> None:
+    for name in ("rank", "alpha", "epochs", "batch_size", "learning_rate"):
+        if not getattr(settings, name) > 0:
+            raise ValueError(f"{name} is {getattr(settings, name)}; more than 0 is expected.")
+    for name in ("held_out", "warmup"):
+        if not 0 <= getattr(settings, name) < 1:
+            raise ValueError(f"{name} is {getattr(settings, name)}; 0 to less than 1 is expected.")
+    for target in settings.targets:
+        if target not in (*DECODER_LINEARS, HEAD):
+            known = ", ".join((*DECODER_LINEARS, HEAD))
+            raise ValueError(f"targets: {target!r} is none of {known}.")
+
+
+def check_enough(examples: list[Example], batch_size: int) -> None:
+    if len(examples) < batch_size:
+        raise ValueError(
+            f"{len(examples)} examples to train on are fewer than a batch of {batch_size}; "
+            "lower --batch-size."
+        )
+
+
+# ---- The command line ----
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m extras.finetune",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("lines", metavar="train.jsonl", help='JSON lines with "audio", "prompt" and "answer"')
+    add("--model", required=True, help="a directory or cached hub name")
+    add("--output", required=True, metavar="DIR", help="where the adapter, or all, is written")
+    add("--resume", action="store_true", help="go on with the run in DIR that was interrupted")
+    add("--device", default="auto", help="cpu, cuda or mps (default: the best available)")
+    add("--rank", type=int, default=Settings.rank, help="of the factors (default: %(default)s)")
+    add("--alpha", type=float, default=Settings.alpha, help="scale x rank (default: %(default)s)")
+    targets_help = "the decoder's layers that get factors (default: %(default)s)"
+    add("--targets", default=",".join(DECODER_LINEARS), help=targets_help)
+    add("--projector", action="store_true", help="the projector gets factors too")
+    add("--full", action="store_true", help="train all weights, in float32, instead of factors")
+    add("--epochs", type=int, default=Settings.epochs, help="(default: %(default)s)")
+    batch_help = "examples in a step, on each process (default: %(default)s)"
+    add("--batch-size", type=int, default=Settings.batch_size, metavar="N", help=batch_help)
+    rate_help = "the highest (default: %(default)s)"
+    add("--learning-rate", type=float, default=Settings.learning_rate, metavar="R", help=rate_help)
+    warmup_help = "the part of the steps in which the rate rises (default: %(default)s)"
+    add("--warmup", type=float, default=Settings.warmup, metavar="PART", help=warmup_help)
+    held_out_help = "the part of the lines that is only looked at (default: %(default)s)"
+    add("--held-out", type=float, default=Settings.held_out, metavar="PART", help=held_out_help)
+    every_help = "save, and look at what is held out, every N steps (default: %(default)s)"
+    add("--save-every", type=int, default=100, metavar="N", help=every_help)
+    checkpointing_help = "compute layers again for their gradients: less memory, a third slower"
+    add("--gradient-checkpointing", action="store_true", help=checkpointing_help)
+    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    return parser
+
+
+def main() -> int:
+    """The exit status: 0, or 2 for bad input or too little memory, with one line `error: ...`."""
+    terminal.prepare_streams()
+    terminal.exit_on_interrupt(end_line=False)
+    args = make_parser().parse_args()
+    try:
+        run(args)
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        terminal.print_error(error)
+        return 2
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    settings = Settings(
+        model=str(args.model),
+        rank=args.rank,
+        alpha=args.alpha,
+        targets=tuple(args.targets.split(",")),
+        projector=args.projector,
+        full=args.full,
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        warmup=args.warmup,
+        held_out=args.held_out,
+        seed=args.seed,
+    )
+    device = join_processes(args.device)
+    processor = AudioFlamingo3Processor.from_pretrained(args.model)
+    model = AudioFlamingo3ForConditionalGeneration.from_pretrained(args.model, device)
+    if args.gradient_checkpointing:
+        save_memory(model)
+    limit = model.config.text_config.max_position_embeddings
+    examples = read_examples(args.lines, processor, limit, show_reading)
+    finetune(model, processor, examples, args.output, settings, args.save_every, args.resume)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def join_processes(device: str) -> str:
+    """Joins the other processes that torchrun has started; returns the device of this one."""
+    if "LOCAL_RANK" not in os.environ:
+        return device
+    if device == "auto" and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return device
+
+
+def show_reading(done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        terminal.write_status(f"reading {done} of {total}" if done < total else "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,478 @@
+"""Fine-tuning: only the answers are learnt, an interruption leaves no trace, peft reads the result.
+
+adapter_goldens.npz is what peft and transformers give; make_adapter_goldens.py wrote it.
+"""
+
+import json
+import signal
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from adapters import SETTINGS, with_factors
+from af3 import AudioFlamingo3ForConditionalGeneration
+from checkpoints import read_json
+from conftest import ROOT, TESTS
+from extras import finetune as finetuning
+from extras.finetune import (
+    STATE_FILE,
+    AnswerLoss,
+    LoraLinear,
+    Settings,
+    finetune,
+    hold_out,
+    learning_rate,
+    make_batch,
+    make_trainable,
+    plan_batches,
+    read_examples,
+    save_adapter,
+    save_memory,
+)
+from extras.lora import merge_adapter
+from signals import conversation, sound, write_wav
+
+ANSWERS = ["rain", "sea waves", "clock tick", "rooster", "dog bark", "helicopter"]
+
+
+def load(folder, dtype="auto"):
+    return AudioFlamingo3ForConditionalGeneration.from_pretrained(folder, "cpu", dtype)
+
+
+def write_lines(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def lines(tmp_path):
+    """Six recordings of 0.2 to 1.2 s, each with an answer of its own."""
+    entries = []
+    for number, answer in enumerate(ANSWERS):
+        write_wav(tmp_path / f"{number}.wav", sound(3200 * (number + 1), seed=number))
+        entries.append({"audio": f"{number}.wav", "prompt": "What is it?", "answer": answer})
+    return write_lines(tmp_path / "train.jsonl", entries)
+
+
+def silent(*_):
+    """Takes the place of a progress line."""
+
+
+@pytest.fixture
+def examples(lines, processor):
+    return read_examples(str(lines), processor, 4096, silent)
+
+
+@pytest.fixture
+def train(lines, micro, monkeypatch, capsys):
+    """Runs the command line in this process: (exit status, stdout, stderr)."""
+
+    def call(output, *options):
+        command = [lines, "--model", micro, "--output", output, "--device", "cpu", *OPTIONS]
+        words = [str(word) for word in ["finetune", *command, *options]]
+        monkeypatch.setattr(sys, "argv", words)
+        status = finetuning.main()
+        return status, *capsys.readouterr()
+
+    return call
+
+
+OPTIONS = ("--batch-size", 2, "--epochs", 2, "--learning-rate", 0.01, "--held-out", 0)
+
+
+def factors(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def assert_same_factors(folder, other):
+    expected = factors(other)
+    assert set(factors(folder)) == set(expected)
+    for name, tensor in factors(folder).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+# ---- LoRA, and peft ----
+
+
+@pytest.fixture(scope="module")
+def of_peft():
+    return np.load(TESTS / "adapter_goldens.npz")
+
+
+@pytest.fixture
+def question(processor):
+    return processor.apply_chat_template(conversation(sound(80000)), add_generation_prompt=True)
+
+
+def test_factors_that_are_apart_give_the_logits_of_peft(micro, question, of_peft):
+    logits = with_factors(micro)(**question).logits[0, ::29]
+    expected = torch.from_numpy(of_peft["logits"])
+    plain = load(micro)(**question).logits[0, ::29]
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    assert (expected - plain).abs().max() > 0.5
+
+
+def test_a_saved_adapter_gives_the_logits_of_peft_once_it_is_merged(
+    micro, tmp_path, question, of_peft
+):
+    save_adapter(with_factors(micro), SETTINGS, tmp_path)
+    logits = merge_adapter(load(micro), tmp_path)(**question).logits[0, ::29]
+    expected = torch.from_numpy(of_peft["logits"])
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+def test_tensors_are_saved_under_the_names_of_peft(micro, tmp_path, of_peft):
+    save_adapter(with_factors(micro), SETTINGS, tmp_path)
+    assert sorted(factors(tmp_path)) == list(of_peft["names"])
+
+
+def test_new_factors_change_nothing(model, micro, question):
+    with_new_factors = load(micro)
+    make_trainable(with_new_factors, SETTINGS)
+    expected = model(**question).logits
+    assert torch.equal(with_new_factors(**question).logits, expected)
+
+
+def test_factors_are_in_float32_over_weights_in_the_checkpoints_dtype(micro):
+    model = load(micro, "bfloat16")
+    trained = make_trainable(model, Settings())
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    assert {parameter.dtype for parameter in trained.values()} == {torch.float32}
+    assert {parameter.dtype for parameter in frozen} == {torch.bfloat16}
+    assert model.language_model.model.layers[0].mlp.up_proj(torch.ones(2, 48).bfloat16()).isfinite
+
+
+@pytest.mark.parametrize(
+    "settings, count",
+    [
+        (Settings(), 14),  # 7 in each of two layers
+        (Settings(targets=("q_proj", "lm_head")), 3),
+        (Settings(targets=("q_proj",), projector=True), 4),
+    ],
+)
+def test_only_the_targets_in_decoder_and_projector_get_factors(micro, settings, count):
+    model = load(micro)
+    make_trainable(model, settings)
+    names = [name for name, layer in model.named_modules() if isinstance(layer, LoraLinear)]
+    assert len(names) == count
+    assert not any(name.startswith("audio_tower") for name in names)
+
+
+# ---- Loss ----
+
+
+def test_the_loss_is_that_of_the_answers_tokens(model, examples, processor):
+    batch = make_batch(examples, processor)
+    num_tokens = (batch["labels"] != -100).sum()
+    expected = model(**batch).loss
+    torch.testing.assert_close(AnswerLoss(model)(batch) / num_tokens, expected)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(micro, examples, processor):
+    gradients = []
+    for change in (silent, save_memory):
+        model = with_factors(micro)
+        change(model)
+        AnswerLoss(model)(make_batch(examples, processor)).backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    for plain, checkpointed in zip(*gradients):
+        assert torch.equal(plain, checkpointed)
+
+
+def test_with_gradient_checkpointing_less_is_kept_for_the_backward_pass(micro, examples, processor):
+    kept = []
+    for change in (silent, save_memory):
+        model = with_factors(micro)
+        change(model)
+        sizes = []
+        pack = lambda tensor: sizes.append(tensor.nbytes) or tensor  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            AnswerLoss(model)(make_batch(examples, processor))
+        kept.append(sum(sizes))
+    assert kept[1] < kept[0] / 2
+
+
+# ---- Order and rate ----
+
+
+def test_an_epoch_takes_every_example_once(examples):
+    plan = plan_batches(examples, 2, Settings(epochs=3))
+    assert len(plan) == 9
+    for epoch in (plan[:3], plan[3:6], plan[6:]):
+        answers = [example.answer for batch in epoch for example in batch]
+        assert sorted(answers) == sorted(ANSWERS)
+
+
+def test_a_batch_has_examples_of_like_length(examples):
+    for batch in plan_batches(examples, 2, Settings(epochs=4)):
+        numbers = [ANSWERS.index(example.answer) for example in batch]
+        assert abs(numbers[0] - numbers[1]) == 1  # the recordings grow with their numbers
+
+
+def test_the_plan_is_the_same_for_a_seed_and_another_for_another(examples):
+    def order(seed):
+        plan = plan_batches(examples, 1, Settings(epochs=2, seed=seed))
+        return [batch[0].answer for batch in plan]
+
+    assert order(0) == order(0) != order(1)
+    assert order(0)[:6] != order(0)[6:]
+
+
+def test_what_is_held_out_is_not_trained_on(examples):
+    trained_on, held_out = hold_out(examples, Settings(held_out=0.3))
+    answers = [example.answer for example in trained_on]
+    held_out_answers = [example.answer for example in held_out]
+    assert len(held_out) == 2
+    assert sorted(answers + held_out_answers) == sorted(ANSWERS)
+
+
+def test_the_learning_rate_rises_and_falls_along_a_cosine():
+    settings = Settings(learning_rate=1.0, warmup=0.1)
+    rates = [learning_rate(step, 100, settings) for step in range(100)]
+    assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert rates[55] == pytest.approx(0.5)  # half way down
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert 0 < rates[99] < 0.001
+
+
+# ---- Training ----
+
+
+def test_a_model_gives_the_answers_that_it_was_taught(train, run, lines, tmp_path):
+    status, out, _ = train(tmp_path / "adapter", "--epochs", 40)
+    assert status == 0
+    options = ["--adapter", tmp_path / "adapter", "--max-new-tokens", 3]
+    questions = [{**json.loads(line)} for line in lines.read_text().splitlines()]
+    write_lines(tmp_path / "questions.jsonl", questions)
+    _, out, _ = run("--prompts", tmp_path / "questions.jsonl", *options)
+    for line in out.splitlines():
+        entry = json.loads(line)
+        assert entry["response"].startswith(entry["answer"])
+
+
+def test_what_is_held_out_is_reported(train, tmp_path):
+    _, out, err = train(tmp_path / "adapter", "--held-out", 0.2, "--save-every", 2)
+    assert out.startswith("4 examples, 2 held out; 4 steps\nstep 2 of 4, loss ")
+    assert "learning rate 1.0e-02" in out
+    assert out.count("  held out: loss ") == 2
+    assert out.count(" is right\n") == 4
+    assert err == ""
+
+
+def test_full_training_saves_a_checkpoint_in_its_own_dtype(micro, processor, tmp_path, examples):
+    model = load(micro, "bfloat16")
+    settings = Settings(full=True, epochs=1, batch_size=2, held_out=0)
+    finetune(model, processor, examples, tmp_path / "whole", settings)
+    trained = load(tmp_path / "whole")
+    original = load(micro, "bfloat16").state_dict()
+    assert trained.dtype == torch.bfloat16
+    changed = [
+        name for name, t in trained.state_dict().items() if not torch.equal(t, original[name])
+    ]
+    assert any(name.startswith("audio_tower") for name in changed)
+    assert any(name.startswith("language_model.lm_head") for name in changed)
+
+
+# ---- Interruptions ----
+
+
+def test_a_run_interrupted_between_two_saves_ends_with_the_same_weights(
+    train, tmp_path, monkeypatch
+):
+    train(tmp_path / "whole", "--save-every", 2)
+    plain_step = finetuning.train_step
+    steps = []
+
+    def train_step(*arguments):
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        steps.append(None)
+        return plain_step(*arguments)
+
+    monkeypatch.setattr(finetuning, "train_step", train_step)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "resumed", "--save-every", 2)
+    monkeypatch.setattr(finetuning, "train_step", plain_step)
+    status, out, _ = train(tmp_path / "resumed", "--save-every", 2, "--resume")
+    assert status == 0
+    assert "step 6 of 6" in out
+    assert_same_factors(tmp_path / "resumed", tmp_path / "whole")
+
+
+def test_a_killed_process_is_resumed_to_the_same_weights(train, lines, micro, tmp_path):
+    options = ["--save-every", 1, "--epochs", 30]
+    output = tmp_path / "killed"
+    command = [sys.executable, "-u", "-m", "extras.finetune", lines, "--model", micro]
+    command += ["--output", output, "--device", "cpu", *OPTIONS, *options]
+    words = [str(word) for word in command]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 5 "):
+            break
+    process.send_signal(signal.SIGKILL)
+    process.stdout.close()
+    assert process.wait() == -signal.SIGKILL
+    step = torch.load(output / STATE_FILE)["step"]
+    assert 5 <= step < 90
+    train(output, *options, "--resume")
+    train(tmp_path / "whole", *options)
+    assert_same_factors(output, tmp_path / "whole")
+
+
+def test_a_run_that_was_killed_before_it_saved_is_begun_by_resume(train, tmp_path):
+    train(tmp_path / "whole")
+    (tmp_path / "resumed" / ".saving").mkdir(parents=True)
+    (tmp_path / "resumed" / ".saving" / STATE_FILE).write_text("half")
+    assert train(tmp_path / "resumed", "--resume")[0] == 0
+    assert_same_factors(tmp_path / "resumed", tmp_path / "whole")
+
+
+def test_a_run_that_has_ended_stays_as_it_is(train, tmp_path):
+    train(tmp_path / "adapter")
+    before = factors(tmp_path / "adapter")
+    status, out, _ = train(tmp_path / "adapter", "--resume")
+    assert status == 0
+    for name, tensor in factors(tmp_path / "adapter").items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_a_directory_with_a_run_is_only_gone_on_with(train, tmp_path):
+    train(tmp_path / "adapter")
+    status, _, err = train(tmp_path / "adapter")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "adapter: holds a run already; --resume goes on with it" in err
+
+
+def test_other_settings_or_lines_are_not_gone_on_with(train, lines, tmp_path):
+    train(tmp_path / "adapter")
+    _, _, err = train(tmp_path / "adapter", "--resume", "--rank", 4)
+    assert "its run has rank 16, not 4" in err
+    lines.write_text(lines.read_text().replace("rooster", "wind"))
+    _, _, err = train(tmp_path / "adapter", "--resume")
+    assert "its run has examples" in err
+
+
+def test_a_damaged_state_is_named(train, tmp_path):
+    train(tmp_path / "adapter")
+    (tmp_path / "adapter" / STATE_FILE).write_bytes(b"half")
+    status, _, err = train(tmp_path / "adapter", "--resume")
+    assert (status, err.count("\n")) == (2, 1)
+    assert f"{STATE_FILE}: not a training state" in err
+
+
+# ---- Several processes ----
+
+
+def test_two_processes_give_the_weights_of_one_with_twice_the_batch(train, lines, micro, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", 2, "-m", "extras.finetune", lines, "--model", micro]
+    command += ["--output", tmp_path / "two", "--device", "cpu", *OPTIONS, "--batch-size", 1]
+    words = [str(word) for word in command]
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("6 examples") == 1
+    train(tmp_path / "one")
+    one = factors(tmp_path / "one")
+    for name, tensor in factors(tmp_path / "two").items():
+        torch.testing.assert_close(tensor, one[name], atol=1e-5, rtol=1e-4)
+
+
+# ---- Faults ----
+
+
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        ('{"audio": "0.wav", "prompt": "Hi"}', 'line 3: "answer" is null; text is expected'),
+        ('{"audio": "0.wav", "answer": " "}', 'line 3: "answer" is " "; text is expected'),
+        ('{"audio": "0.wav", "answer": 7}', 'line 3: "answer" is 7'),
+        ('{"answer": "rain"}', 'line 3: it has no "audio"'),
+        ('{"audio": "gone.wav", "answer": "rain"}', "line 3: gone.wav: no such file"),
+        ('{"audio": "train.jsonl", "answer": "rain"}', "line 3: "),
+        ('{"audio": "0.wav", "answer": "rain", "prompt": "<sound>?"}', "line 3: leave out <sound>"),
+        ("7", "line 3: a JSON object is expected"),
+        ("{", "line 3: not valid JSON"),
+    ],
+)
+def test_a_bad_line_is_named_by_its_number_before_training(lines, processor, line, reason):
+    first, *others = lines.read_text().splitlines()
+    lines.write_text("\n".join([first, "", line, *others]))
+    with pytest.raises(ValueError) as error:
+        read_examples(str(lines), processor, 4096, silent)
+    assert reason in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_of_many_bad_lines_the_first_five_are_named(tmp_path, processor):
+    path = write_lines(tmp_path / "bad.jsonl", [{"audio": "gone.wav"}] * 8)
+    with pytest.raises(ValueError) as error:
+        read_examples(str(path), processor, 4096, silent)
+    assert "line 5: " in str(error.value)
+    assert "line 6: " not in str(error.value)
+    assert str(error.value).endswith("And 3 more lines are wrong.")
+
+
+def test_a_line_longer_than_the_model_takes_is_named(lines, processor):
+    longest = read_examples(str(lines), processor, 4096, silent)[-1].length
+    with pytest.raises(ValueError, match=f"line 6: .*more than the model's {longest - 1}"):
+        read_examples(str(lines), processor, longest - 1, silent)
+
+
+def test_the_length_of_an_example_is_that_of_its_ids(examples, processor):
+    for example in examples:
+        assert make_batch([example], processor)["input_ids"].shape[1] == example.length
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        (["--rank", 0], "rank is 0; more than 0 is expected"),
+        (["--held-out", 1], "held_out is 1.0; 0 to less than 1 is expected"),
+        (["--targets", "q_proj,fc1"], "'fc1' is none of q_proj"),
+        (["--batch-size", 7], "6 examples to train on are fewer than a batch of 7"),
+        (["--model", "nowhere"], "nowhere"),
+    ],
+)
+def test_settings_that_cannot_be_followed_are_refused(train, tmp_path, options, reason):
+    status, _, err = train(tmp_path / "adapter", *options)
+    assert (status, err.count("\n")) == (2, 1)
+    assert reason in err
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_choices_are_asked_as_they_are_when_the_model_answers(lines, processor):
+    entry = {
+        "audio": "0.wav",
+        "prompt": "Which?",
+        "choices": ["rain", "wind"],
+        "answer": "(A) rain",
+    }
+    example = read_examples(str(write_lines(lines, [entry])), processor, 4096, silent)[0]
+    text = processor.apply_chat_template(example.messages, tokenize=False)
+    assert "<sound>Which?\n(A) rain\n(B) wind<|im_end|>" in text
+
+
+def test_the_adapter_names_its_base_and_its_layers(train, micro, tmp_path):
+    train(tmp_path / "adapter", "--rank", 4, "--targets", "q_proj")
+    config = read_json(tmp_path / "adapter" / "adapter_config.json")
+    assert config["base_model_name_or_path"] == str(micro)
+    assert (config["r"], config["lora_alpha"]) == (4, 32.0)
+    assert config["target_modules"] == [
+        "model.language_model.layers.0.self_attn.q_proj",
+        "model.language_model.layers.1.self_attn.q_proj",
+    ]
+
+
+def test_a_recording_that_is_cut_is_warned_about_once(lines, processor, monkeypatch):
+    monkeypatch.setattr(processor, "max_samples", 3200)
+    with pytest.warns(UserWarning, match="only the first 0.2 s are heard") as warned:
+        examples = read_examples(str(lines), processor, 4096, silent)
+    assert len(warned) == 5  # the first recording is no longer than that
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_batch(examples, processor)
