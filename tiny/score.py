@@ -14,6 +14,7 @@ import numpy as np
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 from af3 import AudioFlamingo3ForConditionalGeneration
 from extras.quantize import quantize
+from extras.score import word_errors
 from plumbing.audio_file import load_audio
 from plumbing.terminal import exit_with
 from processor import AudioFlamingo3Processor
@@ -46,20 +47,6 @@ class Answerer:
         waveforms = [waveform for waveform, _ in examples]
         answers = self.answers([prompt] * len(examples), waveforms)
         return [(answer, right) for answer, (_, right) in zip(answers, examples)]
-
-
-def word_errors(answer: str, right: str) -> int:
-    """The fewest insertions, deletions and substitutions of words from one to the other."""
-    answer_words = answer.split()
-    distances = list(range(len(answer_words) + 1))  # from the first words of `right` so far
-    for count, right_word in enumerate(right.split(), start=1):
-        diagonal = distances[0]
-        distances[0] = count
-        for j, word in enumerate(answer_words, start=1):
-            substituted = diagonal + (word != right_word)
-            diagonal = distances[j]
-            distances[j] = min(distances[j] + 1, distances[j - 1] + 1, substituted)
-    return distances[-1]
 
 
 def silence(seconds: float) -> np.ndarray:

@@ -1,0 +1,257 @@
+"""Scores answers: JSON lines with the right "answer" and the model's "response".
+
+    python generate.py --prompts questions.jsonl --output answers.jsonl
+    python -m extras.score answers.jsonl
+    python -m extras.score answers.jsonl --by task --json
+
+A line that has an "error" in place of a response counts as an empty response.
+
+exact   The share of lines whose response is the answer after normalisation: NFKC, small letters,
+        no apostrophes ("don't" is "dont"), every other character that is no letter, digit or mark
+        as a space, single spaces.
+        Of a response, the model's introduction to a transcription is removed first, as by
+        `processor.decode(..., strip_prefix=True)`.
+wer     Word error rate: the fewest words to insert, delete and substitute to make the response of
+        the answer, both normalised, summed over lines; over the number of words in the answers.
+        Lines of multiple choice do not count here.
+choice  The share of multiple-choice lines with the right letter. Multiple choice is a line with
+        "choices", or with a prompt that lists "(A) ... (B) ...". The letter chosen is, by the
+        first of these rules that fits:
+          1. "(B)", alone or before anything else; but not with another such letter after it
+          2. the text of a choice, after normalisation
+          3. "B", alone or before ".", ")" or ":"
+          4. "answer is B", "answer: (B)", "option B" or "choice B", anywhere; the last one counts
+          5. the only choice whose text is in the response, as whole words
+        Otherwise none is chosen, which is wrong. The right letter is read off the answer likewise.
+
+Behind each figure stands its 95% interval: Wilson's for a share; for the word error rate, the
+middle 95% of 1000 sets of as many lines, drawn with replacement.
+"""
+
+import argparse
+import json
+import re
+import string
+import sys
+import unicodedata
+from dataclasses import dataclass
+
+import numpy as np
+
+from extras.batch import read_entries
+from plumbing import terminal
+from processor import strip_transcription_prefix
+
+LETTERS = string.ascii_uppercase
+
+# ---- Words ----
+
+
+def normalise(text: str) -> str:
+    """Text as it is compared; the rules are at the top of this file."""
+    text = unicodedata.normalize("NFKC", text).lower()
+    text = re.sub("['’]", "", text)
+    characters = []
+    for character in text:
+        kind = unicodedata.category(character)[0]  # L letter, N number, M mark, ...
+        characters.append(character if kind in "LNM" else " ")
+    return " ".join("".join(characters).split())
+
+
+def word_errors(response: str, answer: str) -> int:
+    """The fewest insertions, deletions and substitutions of words from one to the other."""
+    words = response.split()
+    distances = list(range(len(words) + 1))  # from the first words of `answer` so far
+    for count, answer_word in enumerate(answer.split(), start=1):
+        diagonal = distances[0]
+        distances[0] = count
+        for j, word in enumerate(words, start=1):
+            substituted = diagonal + (word != answer_word)
+            diagonal = distances[j]
+            distances[j] = min(distances[j] + 1, distances[j - 1] + 1, substituted)
+    return distances[-1]
+
+
+# ---- Multiple choice ----
+
+
+def find_choices(entry: dict) -> list[str]:
+    """The texts of the choices, in order, of the field "choices" or listed in the prompt."""
+    if entry.get("choices"):
+        return entry["choices"]
+    parts = re.split(r"\(([A-Z])\)", str(entry.get("prompt", "")))
+    letters = parts[1::2]
+    texts = [text.strip() for text in parts[2::2]]
+    if len(letters) < 2 or letters != list(LETTERS[: len(letters)]):
+        return []
+    return texts
+
+
+def chosen_letter(text: str, choices: list[str]) -> str | None:
+    """The letter of the choice that a text names, by the rules at the top of this file."""
+    letters = LETTERS[: len(choices)]
+    text = text.strip()
+    normal = normalise(text)
+    normal_choices = [normalise(choice) for choice in choices]
+
+    in_brackets = re.findall(rf"\(([{letters}])\)", text)
+    if in_brackets and text.startswith("("):
+        return in_brackets[0] if len(set(in_brackets)) == 1 else None
+    if normal_choices.count(normal) == 1:
+        return letters[normal_choices.index(normal)]
+    alone = re.match(rf"([{letters}])($|[.):])", text)
+    if alone:
+        return alone[1]
+    named = re.findall(rf"(?i:answer is|answer:|option|choice) *\(?([{letters}])\b", text)
+    if named:
+        return named[-1]
+    contained = []
+    for letter, choice in zip(letters, normal_choices):
+        if choice and f" {choice} " in f" {normal} ":
+            contained.append(letter)
+    return contained[0] if len(contained) == 1 else None
+
+
+# ---- Figures ----
+
+
+@dataclass
+class Outcome:
+    """What a line counts for; None where a figure is not about it."""
+
+    exact: bool
+    errors: int  # in words
+    words: int  # of the answer
+    choice: bool | None
+
+
+def score_line(entry, place: str) -> Outcome:
+    check_line(entry, place)
+    choices = find_choices(entry)
+    response = entry.get("response", "")
+    choice = None
+    if choices:
+        right = chosen_letter(entry["answer"], choices)
+        if right is None:
+            raise ValueError(f'{place}: its "answer" is none of its choices.')
+        choice = chosen_letter(response, choices) == right
+    response = normalise(strip_transcription_prefix(response))
+    answer = normalise(entry["answer"])
+    errors = word_errors(response, answer)
+    return Outcome(response == answer, errors, len(answer.split()), choice)
+
+
+def summarise(outcomes: list[Outcome]) -> dict:
+    """{"lines": ..., "exact": [share, low, high], "wer": [...], "choice": [...]}; None without."""
+    open_ended = [outcome for outcome in outcomes if outcome.choice is None]
+    choices = [outcome.choice for outcome in outcomes if outcome.choice is not None]
+    return {
+        "lines": len(outcomes),
+        "exact": share([outcome.exact for outcome in outcomes]),
+        "wer": word_error_rate(open_ended),
+        "choice": share(choices),
+    }
+
+
+def share(outcomes: list[bool]) -> list[float] | None:
+    """The share of true outcomes and the ends of its Wilson interval."""
+    n = len(outcomes)
+    if n == 0:
+        return None
+    z = 1.959964  # 95% of a normal distribution are within so many standard deviations
+    p = sum(outcomes) / n
+    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
+    return [p, max(0.0, centre - half), min(1.0, centre + half)]
+
+
+def word_error_rate(outcomes: list[Outcome]) -> list[float] | None:
+    """The word error rate and the ends of its bootstrap interval, the same in every run."""
+    errors = np.array([outcome.errors for outcome in outcomes])
+    words = np.array([outcome.words for outcome in outcomes])
+    if words.sum() == 0:
+        return None
+    rng = np.random.default_rng(0)
+    rates = []
+    for _ in range(1000):
+        drawn = rng.integers(len(words), size=len(words))
+        rates.append(errors[drawn].sum() / max(1, words[drawn].sum()))
+    low, high = np.quantile(rates, [0.025, 0.975])
+    return [float(errors.sum() / words.sum()), float(low), float(high)]
+
+
+def score_file(path: str, by: str | None = None) -> dict[str, dict]:
+    """The figures of all lines, under "all", and of each value of the field `by`.
+
+    Raises ValueError, naming the line, for one that cannot be scored.
+    """
+    groups = {"all": []}
+    for place, entry in read_entries(path):
+        outcome = score_line(entry, place)
+        groups["all"].append(outcome)
+        if by is not None:
+            if by not in entry:
+                raise ValueError(f'{place}: it has no "{by}".')
+            groups.setdefault(f"{by}={entry[by]}", []).append(outcome)
+    return {name: summarise(outcomes) for name, outcomes in groups.items()}
+
+
+def check_line(entry, place: str) -> None:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{place}: a JSON object is expected.")
+    if not isinstance(entry.get("answer"), str):
+        raise ValueError(f'{place}: "answer" is {json.dumps(entry.get("answer"))}; text expected.')
+    if "response" not in entry and "error" not in entry:
+        raise ValueError(f'{place}: it has no "response"; ask with generate.py --prompts first.')
+    if not isinstance(entry.get("response", ""), str):
+        raise ValueError(f'{place}: "response" is {json.dumps(entry["response"])}; text expected.')
+    choices = entry.get("choices") or []
+    if not isinstance(choices, list) or not all(isinstance(text, str) for text in choices):
+        raise ValueError(f'{place}: "choices" is {json.dumps(choices)}; a list of texts expected.')
+
+
+# ---- The command line ----
+
+
+def table(figures: dict[str, dict]) -> str:
+    width = max(len(name) for name in figures)
+    rows = [f"{'':{width}}  {'lines':>6}  {'exact':^20}  {'wer':^20}  {'choice':^20}".rstrip()]
+    for name, row in figures.items():
+        cells = [in_percent(row[column]) for column in ("exact", "wer", "choice")]
+        line = f"{name:{width}}  {row['lines']:6}  " + "  ".join(f"{cell:^20}" for cell in cells)
+        rows.append(line.rstrip())
+    return "\n".join(rows)
+
+
+def in_percent(figure: list[float] | None) -> str:
+    """Such as "97.3% (94.8 to 98.6)"."""
+    if figure is None:
+        return "-"
+    value, low, high = [100 * number for number in figure]
+    return f"{value:.1f}% ({low:.1f} to {high:.1f})"
+
+
+def main() -> int:
+    """The exit status: 0, or 2 for bad input, with one line `error: ...`."""
+    terminal.prepare_streams()
+    parser = argparse.ArgumentParser(
+        prog="python -m extras.score",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("lines", metavar="answers.jsonl", help="- is standard input")
+    parser.add_argument("--by", metavar="FIELD", help="also for each value of this field")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    args = parser.parse_args()
+    try:
+        figures = score_file(args.lines, args.by)
+    except (ValueError, OSError) as error:
+        terminal.print_error(error)
+        return 2
+    text = json.dumps(figures, indent=1) if args.json else table(figures)
+    print(text if args.json else terminal.printable(text))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
