@@ -14,8 +14,10 @@ ROOMS = {
     "load_weights.py": set(),
     "generate.py": {"af3", "processor", "load_weights", "plumbing", "extras"},
     "plumbing": set(),
-    "extras": {"af3", "processor", "load_weights", "plumbing"},
+    "extras": {"af3", "processor", "load_weights", "plumbing", "extras"},
 }
+# Which of the extras use another.
+USES = {"extras.finetune": {"extras.batch"}, "extras.score": {"extras.batch"}}
 PACKAGES = {"torch", "numpy", "safetensors", "tiktoken"}
 
 
@@ -88,12 +90,25 @@ def project_imports(path):
     return modules
 
 
-def test_no_file_imports_a_file_that_imports_it():
+def imports_by_module():
     imports = {}
     for room in ROOMS:
         for path in files_of(room):
             name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
             imports[name] = project_imports(path)
+    return imports
+
+
+def test_extras_use_one_another_only_where_that_is_listed():
+    imports = imports_by_module()
+    for path in files_of("extras"):
+        name = f"extras.{path.stem}"
+        used = {module for module in imports[name] & set(imports) if module.startswith("extras.")}
+        assert used == USES.get(name, set())
+
+
+def test_no_file_imports_a_file_that_imports_it():
+    imports = imports_by_module()
     remaining = {name: modules & set(imports) for name, modules in imports.items()}
     while remaining:
         leaves = {name for name, modules in remaining.items() if not modules & set(remaining)}
