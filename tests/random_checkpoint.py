@@ -1,0 +1,89 @@
+"""Writes a checkpoint of random weights, as large as the official one or small, for timing.
+
+    hf download nvidia/audio-flamingo-3-hf --include "*.json" "*.jinja" --local-dir WORDS
+    python tests/random_checkpoint.py WORDS FULL           16.5 GB in bfloat16
+    python tests/random_checkpoint.py WORDS SMALL --small  0.25 GB in float32
+
+WORDS is a checkpoint directory in the hub layout that needs no weights: its configuration and its
+tokenizer are used. So the files of nvidia/audio-flamingo-next-hf give an Audio Flamingo Next.
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+TESTS = Path(__file__).resolve().parent
+sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+from af3 import AudioFlamingo3Config, AudioFlamingo3ForConditionalGeneration
+from checkpoints import change_json, change_section
+from load_weights import read_config, read_token_ids
+from plumbing.save_checkpoint import INDEX, MAX_SHARD_BYTES, divide_into_shards, write_json
+from plumbing.terminal import exit_with
+
+SMALL_AUDIO = {"hidden_size": 192, "intermediate_size": 768}
+SMALL_TEXT = {"hidden_size": 192, "intermediate_size": 576, "num_key_value_heads": 2}
+SMALL_BOTH = {"num_hidden_layers": 4, "num_attention_heads": 6}
+
+
+def copy_words(source: Path, folder: Path, small: bool) -> None:
+    """Copies everything but weights; with `small`, makes the sizes in config.json small."""
+    folder.mkdir(parents=True)
+    for path in [*source.glob("*.json"), *source.glob("*.jinja")]:
+        if path.name != INDEX:
+            shutil.copyfile(path, folder / path.name)
+    if small:
+        change_section(folder / "config.json", "audio_config", **SMALL_AUDIO, **SMALL_BOTH)
+        change_section(folder / "config.json", "text_config", **SMALL_TEXT, **SMALL_BOTH)
+
+
+def write_random_weights(folder: Path, dtype: torch.dtype, seed: int) -> None:
+    """Shard by shard, so that memory holds no more than one."""
+    config = read_config(folder, read_token_ids(folder))
+    with torch.device("meta"):  # shapes without memory
+        model = AudioFlamingo3ForConditionalGeneration(AudioFlamingo3Config.from_dict(config))
+    shapes = model.to(dtype).state_dict()
+    generator = torch.Generator().manual_seed(seed)
+    shards = divide_into_shards(shapes, MAX_SHARD_BYTES)
+    weight_map = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        shard = {name: random_tensor(name, shapes[name], generator) for name in names}
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    write_json(folder / INDEX, {"metadata": {}, "weight_map": weight_map})
+
+
+def random_tensor(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
+    """Large enough that every part shows in the logits, small enough that they stay finite."""
+    tensor = torch.empty(like.shape, dtype=like.dtype).normal_(generator=generator)
+    if "norm" in name and name.endswith("weight"):
+        return tensor.mul_(0.2).add_(1)
+    if tensor.ndim == 1 or "positions" in name:
+        return tensor.mul_(0.1)
+    if "embed" in name:
+        return tensor.mul_(0.5)
+    return tensor.mul_(1.5 / tensor[0].numel() ** 0.5)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("words", type=Path, help="a directory with config.json and tokenizer")
+    parser.add_argument("out", type=Path, help="a new directory")
+    parser.add_argument("--small", action="store_true", help="4 + 4 layers of 192 channels")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    dtype = torch.float32 if args.small else torch.bfloat16
+    copy_words(args.words, args.out, args.small)
+    change_json(args.out / "config.json", dtype=str(dtype).removeprefix("torch."))
+    write_random_weights(args.out, dtype, args.seed)
+
+
+if __name__ == "__main__":
+    exit_with(main)
