@@ -908,8 +908,8 @@ def check_finite(logits: Tensor, model: nn.Module) -> None:
 
 def check_generation_options(options: GenerationConfig) -> None:
     check_number("max_new_tokens", options.max_new_tokens, int, 1, 10**9)
-    check_number("temperature", options.temperature, float, 1e-6, 1e6)
-    check_number("repetition_penalty", options.repetition_penalty, float, 1e-6, 1e6)
+    check_number("temperature", options.temperature, float, 1e-6, 10**6)
+    check_number("repetition_penalty", options.repetition_penalty, float, 1e-6, 10**6)
     check_number("pad_token_id", options.pad_token_id, int, 0, 10**9)
     if not isinstance(options.do_sample, bool):
         raise ValueError(f"do_sample is {options.do_sample!r}; true or false is expected.")

@@ -30,7 +30,7 @@ from af3 import (
     choose_device,
     choose_dtype,
 )
-from plumbing.audio_file import AUDIO_SUFFIXES, stdin_as_file
+from plumbing.audio_file import AUDIO_SUFFIXES, check_is_no_url, stdin_as_file
 from plumbing.words import STDIN, split_words
 from processor import AudioFlamingo3Processor, check_plain_prompt
 
@@ -112,6 +112,9 @@ def add_options_for_many(add: Callable) -> None:
 
 def refuse(message: str) -> None:
     """Replaces argparse's usage message of several lines."""
+    for word in message.split():
+        if word.startswith("-") and os.path.exists(word):
+            raise ValueError(f"{word}: write ./{word}, because names with - are options.")
     raise ValueError(f"{message}; see --help")
 
 
@@ -134,6 +137,8 @@ def main() -> int:
 def run(args: argparse.Namespace) -> int:
     """Does what the command line asks for; the exit status."""
     check_combination(args)
+    for word in args.words:
+        check_is_no_url(word)
     may_be_prompt = bool(args.prompts or args.chat)
     recordings, prompt = split_words(args.words, AUDIO_SUFFIXES, may_be_prompt)
     if not (recordings or args.chat or args.prompts):
@@ -142,6 +147,8 @@ def run(args: argparse.Namespace) -> int:
         prompt = AudioFlamingo3Processor.default_transcription_prompt
     if prompt is not None:
         check_plain_prompt(prompt)
+        if not prompt.strip():
+            refuse("the prompt is empty")
     options = generation_options(args)
     if STDIN in recordings and (args.chat or wants_json_lines(args, recordings)):
         raise ValueError(
@@ -188,6 +195,16 @@ def check_combination(args: argparse.Namespace) -> None:
     for name, needed in needs.items():
         if getattr(args, name) not in (None, False) and not args.prompts:
             refuse(f"--{name.replace('_', '-')} is only for {needed}")
+    if args.output and args.resume:
+        refuse("--output goes on by itself; --resume is for standard output")
+    if args.output and args.prompts and is_same_file(args.output, args.prompts):
+        refuse(f"--output is the file of --prompts, {args.prompts}, which would be lost")
+    if args.choose and (args.do_sample or args.max_new_tokens is not None):
+        refuse("--choose generates nothing, so --sample and --max-new-tokens have no effect")
+
+
+def is_same_file(path: str, other: str) -> bool:
+    return os.path.realpath(path) == os.path.realpath(other)
 
 
 def generation_options(args: argparse.Namespace) -> dict:

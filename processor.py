@@ -446,8 +446,9 @@ class AudioFlamingo3Processor:
         mask = batch["feature_attention_mask"]
         seconds = int(mask.sum()) / 100
         audio_frames = int((batch["input_ids"] == self.audio_token_id).sum())
+        digits = 1 if seconds >= 1 else 2
         windows = plural(len(mask), "window")
-        return f"heard {seconds:.1f} s: {windows}, {plural(audio_frames, 'audio frame')}"
+        return f"heard {seconds:.{digits}f} s: {windows}, {plural(audio_frames, 'audio frame')}"
 
     def batch_decode(self, ids, *args, **options) -> list[str]:
         """`decode` for each row of ids (B, T)."""
@@ -686,10 +687,13 @@ def check_options(
         )
 
 
+ALWAYS_SO = [("return_tensors", "pt"), ("padding", True), ("padding", "longest")]
+
+
 def check_always_so(options: dict) -> None:
     """Takes options that code for transformers passes, if they say what is so here anyway."""
     for name, value in options.items():
-        if (name, value) not in (("return_tensors", "pt"), ("padding", True)):
+        if (name, value) not in ALWAYS_SO:
             raise ValueError(f"The processor has no option {name}={value!r}.")
 
 

@@ -10,7 +10,9 @@ other fields, which are kept. Its outcome is a "response" or an "error".
 
 import json
 import os
+import shutil
 import sys
+import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -23,9 +25,8 @@ from torch import Tensor
 
 from af3 import AudioFlamingo3ForConditionalGeneration, check_length
 from load_weights import check_is_file
-from plumbing.audio_file import AUDIO_SUFFIXES
+from plumbing.audio_file import AUDIO_SUFFIXES, check_is_no_url
 from plumbing.terminal import Progress, describe_error
-from plumbing.words import check_is_no_url
 from processor import AudioFlamingo3Processor, Batch, check_plain_prompt
 
 OUTCOMES = ("response", "error")
@@ -37,10 +38,11 @@ OWN_FIELDS = {"audio": "audio", "prompt": "prompt"}  # what the fields of an ent
 class Job(dict):
     """The fields of an entry, as they will be written, and what they mean."""
 
-    def __init__(self, entry: dict, recordings: list[str], prompt: str):
+    def __init__(self, entry: dict, recordings: list[str], prompt: str, place: str):
         super().__init__(entry)
         self.recordings = recordings  # files
         self.prompt = prompt
+        self.place = place  # for errors: "questions.jsonl: line 3"
         self.choices = entry.get("choices", [])
 
     def is_done(self) -> bool:
@@ -65,7 +67,7 @@ def read_jobs(
             if os.path.isdir(name) and os.path.realpath(file) in seen:
                 continue  # a folder does not bring a file again
             seen.add(os.path.realpath(file))
-            jobs.append(Job({"audio": file, "prompt": prompt}, [file], prompt))
+            jobs.append(Job({"audio": file, "prompt": prompt}, [file], prompt, file))
     return jobs
 
 
@@ -81,7 +83,11 @@ def read_entries(path: str) -> list[tuple[str, object]]:
         content = sys.stdin.buffer.read()
     else:
         raise ValueError("Standard input is closed; JSON lines are expected there.")
-    text = content.decode("utf-8-sig", errors="replace")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}: line {line} is not UTF-8; save the file as UTF-8.") from None
     entries = []
     if text.lstrip().startswith("["):
         for number, entry in enumerate(parse_json(text, path), start=1):
@@ -142,7 +148,7 @@ def new_job(entry, prompt: str, fields: dict[str, str], place: str, prompts_file
         value = json.dumps(choices)
         raise ValueError(f'{place}: "choices" is {value}; a list of texts is expected.')
     recordings = [find_beside(name, prompts_file) for name in recordings]
-    return Job(entry, recordings, entry[prompt_field])
+    return Job(entry, recordings, entry[prompt_field], place)
 
 
 def find_beside(name: str, prompts_file: str) -> str:
@@ -156,7 +162,7 @@ def find_beside(name: str, prompts_file: str) -> str:
 def check_choices(jobs: list[Job]) -> None:
     for job in jobs:
         if not job.choices:
-            raise ValueError(f'--choose: the entry {json.dumps(job)} has no "choices".')
+            raise ValueError(f'{job.place}: it has no "choices", which --choose needs.')
 
 
 def files_in(name: str) -> list[str]:
@@ -383,26 +389,37 @@ def open_output(path: str, jobs: list[Job]) -> TextIO:
 
     Of an earlier run, the errors of these jobs and a last line that was cut off are removed
     first, in a copy that then takes the file's place: whenever the program is killed, no
-    response is lost. Raises ValueError for a file that holds anything else.
+    response is lost. Raises ValueError for a file that holds anything but such lines.
     """
+    path = os.path.realpath(path)  # a link stays one
     keys = {job_key(job) for job in jobs}
-    kept = []
     lines = []
     if os.path.exists(path):
         check_is_file(Path(path))
         lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
+    kept = []
     for number, line in enumerate(lines, start=1):
         entry = parse_line(line)
-        is_failure = isinstance(entry, dict) and "error" in entry and job_key(entry) in keys
-        if isinstance(entry, dict) and not is_failure:
+        is_outcome = isinstance(entry, dict) and any(name in entry for name in OUTCOMES)
+        is_cut_off = entry is None and number == len(lines) and line.startswith("{")
+        if line.strip() and not is_outcome and not is_cut_off:
+            raise ValueError(f"{path}: line {number} is no answer; choose another file.")
+        if is_outcome and ("response" in entry or job_key(entry) not in keys):
             kept.append(line + "\n")
-        elif line.strip() and not is_failure and number < len(lines):
-            raise ValueError(f"{path}: line {number} is not a JSON object; is it another file?")
-    new_path = f"{path}.new"
-    with open(new_path, "w", encoding="utf-8") as file:
-        file.writelines(kept)
-    os.replace(new_path, path)
+    if "".join(kept) != "\n".join(lines):
+        replace_content(path, kept)
     return open(path, "a", encoding="utf-8")
+
+
+def replace_content(path: str, lines: list[str]) -> None:
+    """Writes another file, which then takes the place of the one at `path`."""
+    folder, name = os.path.split(path)
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=folder, prefix=f".{name}.", delete=False
+    ) as file:
+        file.writelines(lines)
+    shutil.copymode(path, file.name)
+    os.replace(file.name, path)
 
 
 def end_cut_line(path: str) -> None:

@@ -10,7 +10,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import chain, islice
 
 import torch
@@ -92,18 +92,23 @@ class Conversation:
         self.pending_ids += self.processor.tokenizer.encode("\n")
 
 
+class Abandoned(Exception):
+    """Raised by Ctrl-C in what can be given up, and leaves nothing behind."""
+
+
 HELP = """A line is a question.
 /audio FILE    adds a recording to the next question
 /reset         forgets everything
 /help          shows this
 /quit          ends the conversation; so does Ctrl-C on an empty line
-Ctrl-C         ends an answer, or clears the line"""
+Ctrl-C         gives up reading, ends an answer, or clears the line"""
 
 
 class TerminalChat:
     """A conversation in which each line of stdin is a question or a command.
 
-    Ctrl-C ends an answer; a second one, or one on an empty line, ends the conversation.
+    Ctrl-C gives up the reading of a recording or question, or ends an answer; a second one, or one
+    on an empty line, ends the conversation.
     """
 
     def __init__(
@@ -122,6 +127,7 @@ class TerminalChat:
         self.quiet = quiet
         self.awaits_line = False
         self.line_is_half_typed = False
+        self.may_be_abandoned = False
         self.readline = None
 
     def run(self, first_question: str | None = None) -> None:
@@ -154,6 +160,9 @@ class TerminalChat:
 
     def interrupt(self, *_) -> None:
         """What Ctrl-C does."""
+        if self.may_be_abandoned:
+            self.may_be_abandoned = False
+            raise Abandoned("Stopped; nothing was added to the conversation.")
         if not self.awaits_line and not self.conversation.stopped:
             self.conversation.stopped = True
             return
@@ -163,6 +172,16 @@ class TerminalChat:
         if not self.line_is_half_typed:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a further one must not stop the exit
         raise KeyboardInterrupt  # and no exit here: readline must restore the terminal first
+
+    @contextmanager
+    def waiting(self, text: str) -> Iterator[None]:
+        """Inside, a line says what is waited for, and Ctrl-C raises `Abandoned`."""
+        with terminal.show_waiting(text, self.quiet):
+            self.may_be_abandoned = True
+            try:
+                yield
+            finally:
+                self.may_be_abandoned = False
 
     def read_line(self) -> str:
         in_terminal = sys.stdin.isatty() and sys.stdout.isatty()
@@ -183,7 +202,7 @@ class TerminalChat:
         """Answers a question or obeys a command. An error does not end the conversation."""
         command, _, name = line.replace("\t", " ").partition(" ")
         try:
-            if command == "/audio" and name:
+            if command == "/audio":
                 self.add_audio(file_name(name.strip()))
             elif command == "/reset":
                 self.conversation.reset()
@@ -198,12 +217,16 @@ class TerminalChat:
                 self.ask(line)
         except BrokenPipeError:
             raise
+        except Abandoned as stop:
+            print(stop, file=sys.stderr)
         except (ValueError, OSError, RuntimeError, MemoryError) as error:
             terminal.print_error(error)
 
     def add_audio(self, name: str) -> None:
         """Adds a recording to the next question, if the context has room for it."""
-        with terminal.show_waiting(f"reading {name}", self.quiet):
+        if not name:
+            raise ValueError("/audio names no file.")
+        with self.waiting(f"reading {name}"):
             waveform = self.processor.to_waveform(name)
         cache = self.conversation.cache
         tokens = cache.length
@@ -224,9 +247,9 @@ class TerminalChat:
 
     def ask(self, text: str) -> None:
         timer = terminal.StepTimer()
-        question = self.conversation.question(text, self.audios)
-        steps = timer.watch(self.conversation.answer(question, **self.options))
-        with terminal.show_waiting("reading", self.quiet):
+        with self.waiting("reading"):
+            question = self.conversation.question(text, self.audios)
+            steps = timer.watch(self.conversation.answer(question, **self.options))
             first_step = list(islice(steps, 1))
         terminal.print_as_it_comes(self.processor.stream_text(chain(first_step, steps)))
         self.audios = []

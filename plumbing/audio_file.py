@@ -43,6 +43,7 @@ def load_audio(
     gives the samples it has, with a warning. Raises FileNotFoundError or ValueError, naming the
     file.
     """
+    check_is_no_url(str(path))
     path = Path(path)
     check_is_audio_file(path)
     waveform = None
@@ -74,6 +75,13 @@ def one_thread() -> Iterator[None]:
 
 def warn_about_length(seconds: float, max_seconds: float) -> None:
     warnings.warn(f"{seconds:.1f} s of audio: only the first {max_seconds:.1f} s are heard")
+
+
+def check_is_no_url(name: str, place: str = "") -> None:
+    """`place` is where the name stands, for the error."""
+    # A Path has lost one of the two slashes.
+    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:/{1,2}\S+$", name) and not os.path.exists(name):
+        raise ValueError(f"{place}{name}: a URL; only files are read, so download it first.")
 
 
 def check_is_audio_file(path: Path) -> None:
@@ -288,7 +296,11 @@ def read_with_ffmpeg(path: Path, sampling_rate: int, max_seconds: float | None) 
     with tempfile.TemporaryFile() as messages:
         try:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=messages
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=messages,
+                start_new_session=True,  # Ctrl-C is for this program, which then ends ffmpeg
             )
         except FileNotFoundError:
             raise ValueError(
@@ -306,12 +318,21 @@ def read_with_ffmpeg(path: Path, sampling_rate: int, max_seconds: float | None) 
         reason = f"ffmpeg ended with status {process.returncode}"
     if errors:
         reason = errors[0].replace(f"file:{path.absolute()}: ", "")
-        reason = re.sub(r" @ 0x[0-9a-f]+", "", reason)  # addresses in ffmpeg's memory
+        reason = explain_ffmpeg(reason)
     if waveform is None:
         raise ValueError(f"{path}: no audio that ffmpeg can read ({reason}).")
     if errors or process.returncode != 0:  # the status is 0 for a truncated file
         warnings.warn(f"{path}: read as far as possible ({reason}).")
     return waveform
+
+
+def explain_ffmpeg(message: str) -> str:
+    """ffmpeg's message, in words of our own where it says nothing to a user."""
+    if "matches no streams" in message:
+        return "it has pictures, but no sound"
+    if "not on whitelist" in message:
+        return "a playlist or a rare kind of file; convert it to WAV first"
+    return re.sub(r" @ 0x[0-9a-f]+", "", message)  # addresses in ffmpeg's memory
 
 
 def ffmpeg_input(path: Path) -> list[str]:

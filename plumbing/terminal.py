@@ -45,6 +45,8 @@ def prepare_streams() -> None:
 
 def print_warning(message, *_) -> None:
     with suppress(OSError):  # stderr may be full or closed
+        if sys.stderr.isatty():
+            write_status("")  # what is waited for may stand on the line
         print(f"warning: {one_line(message)}", file=sys.stderr)
 
 

@@ -16,8 +16,6 @@ def split_words(
     suffixes: those of sound files. may_be_prompt: a word that stands alone may be the prompt.
     Raises ValueError, with what to write instead, where the words can be read in another way.
     """
-    for word in words:
-        check_is_no_url(word)
     recordings = [word for word in words if is_recording(word)]
     others = [word for word in words if not is_recording(word)]
     for word in others:
@@ -25,7 +23,9 @@ def split_words(
     if not others:
         return recordings, None
     if not recordings and not may_be_prompt:
-        raise FileNotFoundError(f"{others[0] or repr('')}: no such file; a sound file is expected.")
+        remedy = " A prompt comes after its recording." if " " in others[0] else ""
+        name = others[0] or "''"
+        raise FileNotFoundError(f"{name}: no such file; a sound file is expected.{remedy}")
     if len(others) > 1:
         prompt = " ".join(others)
         raise ValueError(
@@ -45,12 +45,12 @@ def is_recording(word: str) -> bool:
     return word == STDIN or os.path.exists(word)
 
 
-def check_is_no_url(word: str, place: str = "") -> None:
-    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://\S+$", word):
-        raise ValueError(f"{place}{word}: a URL; only files are read, so download it first.")
-
-
 def check_is_no_missing_file(word: str, suffixes: Collection[str]) -> None:
+    """Refuses what looks like a mistyped recording or folder, where it would be the prompt."""
     if Path(word).suffix.lower() in suffixes:
         remedy = " If it is the prompt, end it with a question mark." if " " in word else ""
         raise FileNotFoundError(f"{word}: no such file; a sound file is expected.{remedy}")
+    if "/" in word and not re.search(r"\s", word):
+        raise FileNotFoundError(
+            f"{word}: no such file or folder. If it is the prompt, write more than a word."
+        )

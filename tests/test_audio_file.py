@@ -5,13 +5,14 @@ import resource
 import struct
 import subprocess
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from conftest import SHARED
-from plumbing.audio_file import load_audio, resample, resample_piece
+from plumbing.audio_file import explain_ffmpeg, load_audio, resample, resample_piece
 from signals import sound, write_wav
 from wav import wav_bytes
 
@@ -310,3 +311,21 @@ def test_reading_leaves_the_number_of_threads_as_it_was(tmp_path, monkeypatch):
     after = torch.get_num_threads()
     torch.set_num_threads(threads)
     assert (seen, after) == ([1], 2)
+
+
+@pytest.mark.parametrize("name", ["https://a.b/c.wav", Path("https://a.b/c.wav")])
+def test_a_url_is_refused_as_one(name):
+    with pytest.raises(ValueError, match="a URL; only files are read, so download it first"):
+        load_audio(name)
+
+
+@pytest.mark.parametrize(
+    "message, expected",
+    [
+        ("Stream map '0:a:0' matches no streams.", "it has pictures, but no sound"),
+        ("[hls] Format not on whitelist 'mp3'", "a playlist or a rare kind of file; convert it"),
+        ("[mp3 @ 0x55f] Failed to read", "[mp3] Failed to read"),
+    ],
+)
+def test_what_ffmpeg_says_is_put_in_words(message, expected):
+    assert explain_ffmpeg(message).startswith(expected)

@@ -489,8 +489,49 @@ def test_a_file_of_another_kind_is_not_overwritten(run, clip, tmp_path):
     output.write_text("dear diary\nsecond line\n")
     status, _, err = run(clip, "Hi", *ONE_TOKEN, "--output", output)
     assert status == 2
-    assert "notes.txt: line 1 is not a JSON object" in err
+    assert "notes.txt: line 1 is no answer" in err
     assert output.read_text() == "dear diary\nsecond line\n"
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["my only notes", '[{"audio": "a.wav"}]', '{"mine": 1}', '{"audio": "a.wav", "prompt": "x"}\n'],
+)
+def test_a_last_line_that_is_no_answer_is_not_overwritten(run, clip, tmp_path, content):
+    output = tmp_path / "mine.json"
+    output.write_text(content)
+    status, _, err = run(clip, "Hi", *ONE_TOKEN, "--output", output)
+    assert (status, "mine.json: line 1 is no answer" in err) == (2, True)
+    assert output.read_text() == content
+
+
+def test_the_questions_are_not_overwritten_by_their_answers(run, clip, tmp_path):
+    questions = write_lines(tmp_path / "q.jsonl", [{"audio": clip}])
+    before = questions.read_text()
+    status, _, err = run("--prompts", questions, "--output", questions)
+    assert (status, "would be lost" in err) == (2, True)
+    assert questions.read_text() == before
+
+
+def test_files_beside_the_output_are_left_alone_and_a_link_stays_one(run_lines, clip, tmp_path):
+    store = tmp_path / "store.jsonl"
+    store.write_text('{"audio": "x.wav", "response"')  # cut off, so the file is written anew
+    link = tmp_path / "out.jsonl"
+    link.symlink_to(store)
+    beside = tmp_path / "store.jsonl.new"
+    beside.write_text("mine")
+    run_lines(clip, "Hi", *ONE_TOKEN, "--output", link)
+    assert link.is_symlink()
+    assert store.read_text().count("response") == 1
+    assert beside.read_text() == "mine"
+    assert len(list(tmp_path.glob("*store*"))) == 2
+
+
+def test_a_file_that_is_not_utf_8_is_refused_by_line(run, clip, tmp_path):
+    questions = tmp_path / "q.jsonl"
+    questions.write_bytes(b'{"audio": "a.wav"}\n{"audio": "b.wav", "prompt": "gr\xf6\xdfe"}\n')
+    status, _, err = run("--prompts", questions)
+    assert (status, "q.jsonl: line 2 is not UTF-8" in err) == (2, True)
 
 
 # ---- Progress ----

@@ -290,19 +290,42 @@ def run_chat(run, monkeypatch):
     signal.signal(signal.SIGINT, handler)
 
 
-def test_ctrl_c_before_the_first_token_ends_only_the_answer(run_chat, clip, monkeypatch):
-    prefill = program.AudioFlamingo3ForConditionalGeneration.prefill
-
-    def interrupted_prefill(*arguments):
-        os.kill(os.getpid(), signal.SIGINT)
-        return prefill(*arguments)
-
+def test_ctrl_c_before_the_first_token_leaves_the_conversation_as_it_was(
+    run_chat, clip, monkeypatch
+):
     model_class = program.AudioFlamingo3ForConditionalGeneration
+    prefill = model_class.prefill
+    lengths = []
+
+    def interrupted_prefill(self, *arguments):
+        cache = arguments[-1]
+        lengths.append(cache.length)
+        states = prefill(self, *arguments)
+        if len(lengths) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return states
+
     monkeypatch.setattr(model_class, "prefill", interrupted_prefill)
-    status, out, err = run_chat(clip, "--max-new-tokens", 900, lines=["What?", "And?", "/quit"])
+    status, out, err = run_chat(clip, "--max-new-tokens", 9, lines=["What?", "And?", "/quit"])
     assert status == 0
-    assert err.count("said 1 token: ") == 2
-    assert out.count("\n") == 2
+    assert err.count("Stopped; nothing was added to the conversation.") == 1
+    assert lengths == [0, 0]
+    assert err.count("heard 1.5 s") == 1  # the recording stays for the next question
+
+
+def test_ctrl_c_while_a_recording_is_read_adds_nothing(run_chat, clip, monkeypatch):
+    to_waveform = program.AudioFlamingo3Processor.to_waveform
+
+    def interrupted(self, name):
+        os.kill(os.getpid(), signal.SIGINT)
+        return to_waveform(self, name)
+
+    lines = [f"/audio {clip}", "/quit"]
+    monkeypatch.setattr(program.AudioFlamingo3Processor, "to_waveform", interrupted)
+    status, _, err = run_chat(lines=lines)
+    assert status == 0
+    assert "Stopped; nothing was added to the conversation." in err
+    assert "the context is" not in err
 
 
 def test_ctrl_c_ends_an_answer_and_then_the_conversation(clip, micro):

@@ -50,8 +50,8 @@ def test_files_come_first_and_then_the_prompt(files, words, recordings, prompt):
         ),
         (["What?", "a.wav"], ': a.wav "What?".'),
         (["a.wav", "What", "is", "it?"], 'put it in quotes: "What is it?".'),
-        (["https://a.b/c.wav"], "https://a.b/c.wav: a URL; only files are read, so download it"),
-        (["a.wav", "https://a.b/c.wav"], "a URL"),
+        (["a.wav", "nofolder/"], "nofolder/: no such file or folder"),
+        (["What sound is this?"], "A prompt comes after its recording."),
     ],
 )
 def test_other_words_are_refused_with_what_to_write_instead(files, words, message):
