@@ -16,6 +16,7 @@ are given times in the same way.
 """
 
 import math
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -30,11 +31,16 @@ from af3 import (
     rotate_half,
     split_heads,
 )
+from plumbing import terminal
 from processor import HOP_LENGTH, SAMPLE_RATE, AudioFlamingo3Processor, Batch
 
 FRAME_SECONDS = 4 * HOP_LENGTH / SAMPLE_RATE  # an audio frame is four mel frames: 40 ms
 KEPT_HEADS = 16  # of which the attention is kept; an official checkpoint has 784
 NUM_CANDIDATES = 5  # for each token
+FOLLOWS = 0.5  # the best head's score in an answer that follows the sound word by word
+UNCLEAR = (
+    "no attention head points at a place for each word, so the times of this answer say little"
+)
 
 
 @dataclass
@@ -74,6 +80,11 @@ class Alignment:
     heads: list[Head]  # the best ones, best first
     attention: Tensor  # (new tokens, audio frames): the mean of the heads that gave the times
     num_averaged: int  # how many those are
+
+    @property
+    def follows_sound(self) -> bool:
+        """Whether a head points at a place for each word, as in a transcription."""
+        return self.heads[0].score >= FOLLOWS
 
 
 @torch.inference_mode()
@@ -117,6 +128,18 @@ def as_fields(words: list[Word]) -> list[dict]:
             {"word": word.text, "begin": begin, "end": end, "probability": probability}
         )
     return described
+
+
+def print_words(alignment: Alignment) -> None:
+    """A line for each word: begin and end in seconds, its probability, the word.
+
+    Warns where the answer does not follow the sound.
+    """
+    for word in alignment.words:
+        text = terminal.printable(word.text)
+        print(f"{word.begin:8.2f} {word.end:8.2f} {word.probability:5.0%}  {text}", flush=True)
+    if alignment.words and not alignment.follows_sound:
+        warnings.warn(UNCLEAR)
 
 
 # ---- Words and tokens ----

@@ -24,12 +24,14 @@ import torch
 from torch import Tensor
 
 from af3 import AudioFlamingo3ForConditionalGeneration, check_length
+from extras.alignment import align, as_fields
 from load_weights import check_is_file
 from plumbing.audio_file import AUDIO_SUFFIXES, check_is_no_url
 from plumbing.terminal import Progress, describe_error
 from processor import AudioFlamingo3Processor, Batch, check_plain_prompt
 
 OUTCOMES = ("response", "error")
+TIMESTAMPS = "words"  # the field beside a response
 OWN_FIELDS = {"audio": "audio", "prompt": "prompt"}  # what the fields of an entry are called
 
 # ---- Reading jobs ----
@@ -165,6 +167,20 @@ def check_choices(jobs: list[Job]) -> None:
             raise ValueError(f'{job.place}: it has no "choices", which --choose needs.')
 
 
+def check_timestamps(jobs: list[Job], choose: bool) -> None:
+    """Refuses jobs whose words can have no times, or no field for them."""
+    if choose:
+        raise ValueError("--timestamps is for answers in the model's own words, not for --choose.")
+    for job in jobs:
+        if len(job.recordings) != 1:
+            raise ValueError(f"--timestamps takes one recording: the entry is {json.dumps(job)}.")
+        if TIMESTAMPS in job:
+            raise ValueError(
+                f'--timestamps: the entry {json.dumps(job)} has "{TIMESTAMPS}", '
+                "the name of what is written."
+            )
+
+
 def files_in(name: str) -> list[str]:
     """The recordings in a folder and its subfolders, sorted; of a file, that file."""
     if not os.path.isdir(name):
@@ -189,6 +205,7 @@ def answer_jobs(
     batch_size: int = 8,
     progress: Progress | None = None,
     choose: bool = False,
+    timestamps: bool = False,
     **options,
 ) -> Iterator[Job]:
     """The jobs with their "response" or "error", in the order given; options are `generate`'s.
@@ -197,7 +214,10 @@ def answer_jobs(
     together, so that little is padded. A job is yielded as soon as it and all before it are done.
     A job that fails does not stop the others.
     choose: the response is the likeliest of the job's choices, see `likeliest_choice`.
+    timestamps: beside a response, "words" says where each word looked, see `extras/alignment.py`.
     """
+    if timestamps:
+        check_timestamps(jobs, choose)
     if choose:
         check_choices(jobs)
         batch_size = 1
@@ -207,7 +227,7 @@ def answer_jobs(
         group = jobs[start : start + group_size]
         loaded = load_recordings(group, processor)
         for batch in divide(loaded, batch_size):
-            answer_batch(batch, processor, model, options, choose)
+            answer_batch(batch, processor, model, options, choose, timestamps)
             if progress:
                 progress.show(start + sum(job.is_done() for job in group))
             while done < len(jobs) and jobs[done].is_done():
@@ -265,6 +285,7 @@ def answer_batch(
     model: AudioFlamingo3ForConditionalGeneration,
     options: dict,
     choose: bool,
+    timestamps: bool,
 ) -> None:
     """Gives each job its outcome. Where a batch fails, each of its jobs is tried alone."""
     try:
@@ -275,8 +296,13 @@ def answer_batch(
             ids = model.generate(**inputs, **options)
             new_ids = ids[:, inputs["input_ids"].shape[1] :]
             responses = processor.batch_decode(new_ids, skip_special_tokens=True)
+        words = []
+        if timestamps:
+            words = [words_of(pair, ids, processor, model) for pair, ids in zip(batch, new_ids)]
         for (_, job), response in zip(batch, responses):
             job["response"] = response
+        for (_, job), of_response in zip(batch, words):
+            job[TIMESTAMPS] = of_response
         return
     except (ValueError, MemoryError, RuntimeError) as error:
         reason = describe_error(error)
@@ -285,7 +311,20 @@ def answer_batch(
         batch[0][1]["error"] = reason
         return
     for pair in batch:
-        answer_batch([pair], processor, model, options, choose)
+        answer_batch([pair], processor, model, options, choose, timestamps)
+
+
+def words_of(
+    loaded: Loaded,
+    new_ids: Tensor,
+    processor: AudioFlamingo3Processor,
+    model: AudioFlamingo3ForConditionalGeneration,
+) -> list[dict]:
+    """The words of an answer (new tokens,), which may be padded, with their times."""
+    is_real = new_ids != model.generation_config.pad_token_id
+    num_real = int(is_real.nonzero().max()) + 1 if bool(is_real.any()) else 1
+    inputs = make_inputs([loaded], processor)
+    return as_fields(align(processor, model, inputs, new_ids[:num_real]).words)
 
 
 @torch.inference_mode()
@@ -378,7 +417,8 @@ def leave_out_answered(jobs: list[Job], path: str) -> list[Job]:
 
 def job_key(entry: dict) -> str:
     """An entry without its outcome, to recognise it by."""
-    asked = {name: value for name, value in entry.items() if name not in OUTCOMES}
+    written = (*OUTCOMES, TIMESTAMPS)
+    asked = {name: value for name, value in entry.items() if name not in written}
     if isinstance(asked.get("audio"), str):
         asked["audio"] = os.path.normpath(asked["audio"])
     return json.dumps(asked, sort_keys=True)

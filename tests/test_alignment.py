@@ -175,6 +175,21 @@ def test_words_are_found_where_they_were_spoken(tiny, spoken_words, text):
         assert word.begin == pytest.approx(begin, abs=0.12)
 
 
+@pytest.mark.parametrize(
+    "name, prompt, follows",
+    [
+        ("digits.wav", "Transcribe the input speech.", True),
+        ("rain.wav", "Transcribe the input speech.", False),
+        ("rain.wav", "Describe the audio.", False),
+        ("digits.wav", "Who are you?", False),
+    ],
+)
+def test_an_answer_that_does_not_follow_the_sound_is_known_as_such(tiny, name, prompt, follows):
+    waveform = load_audio(TINY / "samples" / name)
+    alignment, _, _ = answer_and_align(*tiny, waveform, prompt)
+    assert alignment.follows_sound == follows
+
+
 def test_the_path_is_the_best_of_all_that_are_in_order():
     scores = np.random.default_rng(0).standard_normal((4, 9))
     sums = {}
@@ -254,3 +269,24 @@ def test_fields_are_rounded(tiny):
     fields = as_fields(alignment.words)
     assert [list(word) for word in fields] == [["word", "begin", "end", "probability"]] * 3
     assert fields[0] == {"word": "seven", "begin": 0.16, "end": 0.72, "probability": 0.9986}
+
+
+# ---- The command line ----
+
+
+def test_timestamps_are_lines_after_the_answer(run):
+    status, out, err = run(TINY / "samples" / "digits.wav", "--timestamps", model=TINY)
+    answer, *lines = out.splitlines()
+    assert (status, answer) == (0, "seven three one")
+    assert [line.split() for line in lines] == [
+        ["0.16", "0.72", "100%", "seven"],
+        ["0.92", "1.32", "100%", "three"],
+        ["1.48", "1.96", "100%", "one"],
+    ]
+    assert "warning" not in err
+
+
+def test_a_warning_says_that_times_say_little(run):
+    _, out, err = run(TINY / "samples" / "rain.wav", "Who are you?", "--timestamps", model=TINY)
+    assert [line.split()[3] for line in out.splitlines()[1:]] == ["I", "don't", "know."]
+    assert "warning: no attention head points at a place for each word" in err

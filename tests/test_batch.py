@@ -304,6 +304,42 @@ def test_choose_needs_choices(run, clip, tmp_path):
     assert 'has no "choices"' in err
 
 
+def test_timestamps_are_fields_and_the_same_alone_and_in_a_batch(run, clip, tmp_path):
+    long = write_wav(tmp_path / "long.wav", sound(60000))
+    options = ["Hi", "--timestamps", "--max-new-tokens", 12]
+    _, together, _ = run(clip, long, *options)
+    _, alone, _ = run(clip, long, *options, "--batch-size", 1)
+    for job, job_alone in zip(parse_lines(together), parse_lines(alone), strict=True):
+        assert list(job) == ["audio", "prompt", "response", "words"]
+        assert " ".join(word["word"] for word in job["words"]) == " ".join(job["response"].split())
+        assert [word["begin"] for word in job["words"]] == [w["begin"] for w in job_alone["words"]]
+
+
+def test_words_do_not_hinder_the_recognition_of_what_is_answered(run, clip, tmp_path):
+    output = tmp_path / "out.jsonl"
+    options = [clip, "Hi", "--timestamps", *ONE_TOKEN, "--output", output]
+    run(*options)
+    _, _, err = run(*options)
+    assert "nothing left to answer" in err
+    assert len(parse_lines(output.read_text())) == 1
+
+
+@pytest.mark.parametrize(
+    "field, value, option, reason",
+    [
+        ("audio", ["a.wav", "b.wav"], "--batch-size=1", "--timestamps takes one recording"),
+        ("words", 7, "--batch-size=1", 'has "words"'),
+        ("choices", ["rain"], "--choose", "not for --choose"),
+    ],
+)
+def test_timestamps_are_refused_where_they_cannot_be(run, tmp_path, field, value, option, reason):
+    entry = {"audio": "a.wav", field: value}
+    prompts = write_lines(tmp_path / "in.jsonl", [entry])
+    status, out, err = run("--prompts", prompts, "--timestamps", option)
+    assert (status, out) == (2, "")
+    assert reason in err
+
+
 @pytest.mark.parametrize(
     "content, reason",
     [

@@ -202,6 +202,7 @@ def test_too_little_memory_is_reported_with_what_to_do(run, clip, monkeypatch):
     [
         (["--explain", "--batch-size", 2], "--batch-size is only for JSON lines"),
         (["--chat", "--output", "a.jsonl"], "--output is only for JSON lines"),
+        (["--explain", "--timestamps"], "--timestamps is only for answers without --chat"),
         (["--choose"], "--choose is only for --prompts"),
         (["--fields", "audio=file"], "--fields is only for --prompts"),
         (["--prompts", ""], "--prompts is empty"),

@@ -9,15 +9,17 @@ from conftest import ROOT
 
 # What each file, or each file of a folder, may import of the project.
 ROOMS = {
-    "af3.py": {"load_weights", "plumbing"},
+    "af3.py": {"load_weights"},
     "processor.py": {"af3", "load_weights", "plumbing"},
     "load_weights.py": set(),
     "generate.py": {"af3", "processor", "load_weights", "plumbing", "extras"},
     "plumbing": set(),
     "extras": {"af3", "processor", "load_weights", "plumbing", "extras"},
 }
-# Which of the extras use another.
-USES = {"extras.finetune": {"extras.batch"}, "extras.score": {"extras.batch"}}
+# The extras that use another one.
+USES = {
+    "batch": {"alignment"},
+}
 PACKAGES = {"torch", "numpy", "safetensors", "tiktoken"}
 
 
@@ -90,25 +92,19 @@ def project_imports(path):
     return modules
 
 
-def imports_by_module():
+@pytest.mark.parametrize("path", files_of("extras"), ids=lambda path: path.stem)
+def test_an_extra_uses_only_the_extras_that_are_listed_here(path):
+    modules = {name.split(".")[1] for name in project_imports(path) if name.startswith("extras.")}
+    names = {other.stem for other in files_of("extras")}
+    assert modules & names == USES.get(path.stem, set())
+
+
+def test_no_file_imports_a_file_that_imports_it():
     imports = {}
     for room in ROOMS:
         for path in files_of(room):
             name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
             imports[name] = project_imports(path)
-    return imports
-
-
-def test_extras_use_one_another_only_where_that_is_listed():
-    imports = imports_by_module()
-    for path in files_of("extras"):
-        name = f"extras.{path.stem}"
-        used = {module for module in imports[name] & set(imports) if module.startswith("extras.")}
-        assert used == USES.get(name, set())
-
-
-def test_no_file_imports_a_file_that_imports_it():
-    imports = imports_by_module()
     remaining = {name: modules & set(imports) for name, modules in imports.items()}
     while remaining:
         leaves = {name for name, modules in remaining.items() if not modules & set(remaining)}
