@@ -13,6 +13,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Callable
+from itertools import tee
 from pathlib import Path
 
 from plumbing import terminal
@@ -84,6 +85,8 @@ def add_answer_options(add: Callable) -> None:
     top_p_help = "with --sample: draw from the fewest tokens that hold P of the probability"
     add("--top-p", type=float, metavar="P", help=top_p_help)
     add("--seed", type=int, help="makes --sample repeatable")
+    timestamps_help = "print, after the answer, where in the recording each word looked"
+    add("--timestamps", action="store_true", help=timestamps_help)
     penalty_help = "above 1: tokens in the prompt and in the answer so far become less likely"
     add("--repetition-penalty", type=float, metavar="R", help=penalty_help)
 
@@ -192,6 +195,7 @@ def check_combination(args: argparse.Namespace) -> None:
     needs = {"fields": "--prompts", "choose": "--prompts"}
     if args.chat or args.explain:
         needs |= dict.fromkeys(["batch_size", "output", "resume"], "JSON lines")
+        needs["timestamps"] = "answers without --chat and --explain"
     for name, needed in needs.items():
         if getattr(args, name) not in (None, False) and not args.prompts:
             refuse(f"--{name.replace('_', '-')} is only for {needed}")
@@ -291,7 +295,12 @@ def answer_one(args: argparse.Namespace, recording: str, prompt: str, options: d
     timer = terminal.StepTimer()
     with terminal.memory_hint(SHORTER_HINT):
         steps = timer.watch(model.stream(**inputs.to(model.device), **options))
+        steps, steps_again = tee(steps)
         terminal.print_as_it_comes(processor.stream_text(steps))
+        if args.timestamps:
+            from extras.alignment import align, print_words
+
+            print_words(align(processor, model, inputs, torch.cat(list(steps_again))))
     if not args.quiet:
         print(processor.describe_audio(inputs), file=sys.stderr)
         print(timer.summary(), file=sys.stderr)
@@ -318,7 +327,7 @@ def answer_many(args: argparse.Namespace, recordings: list, prompt: str, options
     model = load_model(args) if jobs else None
     progress = terminal.Progress(len(jobs), args.quiet)
     for job in batch.answer_jobs(
-        jobs, processor, model, batch_size, progress, args.choose, **options
+        jobs, processor, model, batch_size, progress, args.choose, args.timestamps, **options
     ):
         print(batch.as_json_line(job, output.encoding), file=output, flush=True)
     answered = sum("response" in job for job in jobs)
