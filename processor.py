@@ -92,8 +92,7 @@ def mel_filters() -> Tensor:
 
     Each has the area 1 when its width is measured in Hz.
     """
-    highest = 15 + math.log(SAMPLE_RATE / 2 / 1000) * 27 / math.log(6.4)  # 8 kHz in mel
-    edges = mel_to_hz(torch.linspace(0, highest, N_MELS + 2, dtype=torch.float64))
+    edges = mel_edges()
     bins = torch.linspace(0, SAMPLE_RATE / 2, N_FFT // 2 + 1, dtype=torch.float64)  # in Hz
     left = edges[:-2, None]
     centre = edges[1:-1, None]
@@ -102,6 +101,12 @@ def mel_filters() -> Tensor:
     falling = (right - bins) / (right - centre)
     triangles = torch.minimum(rising, falling).clamp(min=0)
     return (triangles * 2 / (right - left)).float()
+
+
+def mel_edges() -> Tensor:
+    """(130,) in Hz, float64: triangle i rises from edge i to i + 1 and falls to edge i + 2."""
+    highest = 15 + math.log(SAMPLE_RATE / 2 / 1000) * 27 / math.log(6.4)  # 8 kHz in mel
+    return mel_to_hz(torch.linspace(0, highest, N_MELS + 2, dtype=torch.float64))
 
 
 def mel_to_hz(mel: Tensor) -> Tensor:
