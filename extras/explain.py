@@ -1,159 +1,116 @@
-"""One recording's way through the model: what came out of each stage, how long it took, a picture.
+"""One recording's way through the model, in the terminal: stages, answer, where each word looked.
 
 explain(processor, model, "rain.wav", "What sound is this?", options={})
 """
 
 import shutil
-import time
-from collections.abc import Iterable
-from itertools import chain
+import textwrap
+from itertools import tee
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from af3 import AudioFlamingo3ForConditionalGeneration, frame_counts
+from extras.alignment import UNCLEAR, Alignment, align
+from extras.stages import describe_frames, fold_prompt, follow, stage_table
 from plumbing import terminal
-from processor import N_SAMPLES, SAMPLE_RATE, AudioFlamingo3Processor, feature_batch
+from processor import WINDOW_SECONDS, AudioFlamingo3Processor, mel_edges
 
 # From dark to bright: of a terminal's 256 colours, and as characters where it has none.
 HEAT = [16, 17, 18, 54, 90, 126, 162, 198, 203, 208, 214, 220, 226, 228, 230, 231]
 INK = " .:-=+*%@#"
 
+PICTURE_LINES = 16
+LABEL_WIDTH = 10  # what stands to the left of the picture
+
 
 def explain(
     processor: AudioFlamingo3Processor,
     model: AudioFlamingo3ForConditionalGeneration,
-    audio: str,
+    audio: str | Tensor,
     prompt: str,
     options: dict,
 ) -> None:
-    """Prints the stages up to the first new token, the log-mel, and the answer."""
-    journey = Journey()
-    waveform = processor.to_waveform(audio)
-    seconds = len(waveform) / SAMPLE_RATE
-    journey.add("waveform", waveform.shape, f"{SAMPLE_RATE} samples a second: {seconds:.2f} s")
-
-    # The processor computes log-mel and ids together. Here each is computed alone, for its time.
-    inputs = processor(prompt, waveform)
-    journey.restart_clock()
-    features, mask = feature_batch(waveform.split(N_SAMPLES))
-    mel_frames = mask.sum(1)
-    meaning = f"{int(mel_frames.sum())} mel frames of 10 ms, padded to whole windows"
-    journey.add("log-mel", features.shape, meaning)
-    processor(prompt)
-    ids = inputs["input_ids"]
-    num_sounds = int((ids == processor.audio_token_id).sum())
-    journey.add("prompt", ids.shape, f"ids in the chat template, {num_sounds} of them <sound>")
-
-    steps = model.stream(**inputs.to(model.device), **options)
-    hooks = journey.watch(model)
-    first = next(steps)
-    for hook in hooks:
-        hook.remove()
-    meaning = f"{processor.decode(first)!r}; then token by token"
-    journey.add("next token", first.shape, meaning)
-
-    print(journey.table(), end="\n\n")
+    """Prints the stages up to the first new token, the prompt, the answer, the log-mel with where
+    each word looked, and the candidates for each token."""
     columns = min(shutil.get_terminal_size().columns - 1, 400)
+    journey = follow(processor, model, processor.to_waveform(audio), prompt, options)
+    inputs = journey.inputs
+    mel_frames = inputs["feature_attention_mask"].sum(1).tolist()
+    print(stage_table(journey.stages), end="\n\n")
+    for frames in sorted(set(mel_frames), reverse=True):
+        print(textwrap.fill(describe_frames(frames), columns))
+    print(f"\nThe prompt:\n{prompt_tokens(processor, inputs['input_ids'][0], columns)}\n")
+
+    print("The answer:")
+    steps, steps_again = tee(journey.steps)
+    terminal.print_as_it_comes(processor.stream_text(steps))
+    alignment = align(processor, model, inputs, torch.cat(list(steps_again)))
+
+    print(f"\nWhere each word looked: {describe_heads(alignment)}")
+    features = inputs["input_features"].cpu()
     coloured = terminal.has_256_colours()
-    print(picture(features, mel_frames.tolist(), columns, coloured), end="\n\n")
-    terminal.print_as_it_comes(processor.stream_text(chain([first], steps)))
+    print(picture(features, mel_frames, columns, coloured))
+    for line in attention_lines(alignment, mel_frames, columns):
+        print(line)
+    print("\n" + token_table(alignment))
 
 
-# ---- The table of stages ----
+# ---- In words ----
 
 
-class Journey:
-    """The stages in order, each with what came out of it, how long it took, and what it means."""
-
-    def __init__(self):
-        self.stages: dict[str, dict] = {}
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
-        self.clock = time.perf_counter()
-
-    def add(self, name: str, shape: Iterable[int], meaning: str) -> None:
-        """Notes a stage that has just ended. One that comes again adds its time to the first."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # otherwise only the start of the work would be timed
-        new_stage = {"shape": None, "times": 0, "seconds": 0.0, "meaning": meaning}
-        stage = self.stages.setdefault(name, new_stage)
-        stage["shape"] = tuple(shape)
-        stage["times"] += 1
-        stage["seconds"] += time.perf_counter() - self.clock
-        self.restart_clock()
-
-    def watch(self, model: AudioFlamingo3ForConditionalGeneration) -> list:
-        """Adds a stage whenever one of the model's parts is done. Returns hooks to be removed."""
-        tower = model.audio_tower
-        decoder = model.language_model.model
-        outputs = [
-            (tower.conv1, "conv1", "each mel frame with its two neighbours"),
-            (tower.conv2, "conv2", "every other one: a conv frame is 20 ms"),
-            (
-                tower.layers[-1],
-                f"{len(tower.layers)} encoder layers",
-                "each conv frame has heard its whole window",
-            ),
-            (tower.layer_norm, "pool, LayerNorm", "two become one: an audio frame is 40 ms"),
-            (
-                model.multi_modal_projector,
-                "projector",
-                "the real audio frames, as wide as the decoder",
-            ),
-            (decoder.embed_tokens, "embedding", "the prompt's ids, looked up"),
-            (
-                decoder.norm,
-                f"{len(decoder.layers)} decoder layers",
-                "each position has heard and read all before it",
-            ),
-            (
-                model.language_model.lm_head,
-                "lm_head",
-                "a score for each token that may come next",
-            ),
-        ]
-        hooks = [self.add_output_of(*output) for output in outputs]
-
-        def encoder_begins(module, inputs) -> None:
-            self.restart_clock()
-
-        def decoder_begins(module, inputs) -> None:
-            meaning = "each <sound> slot now holds an audio frame"
-            self.add("splice", inputs[0].shape, meaning)
-
-        hooks.append(tower.register_forward_pre_hook(encoder_begins))
-        hooks.append(decoder.register_forward_pre_hook(decoder_begins))
-        return hooks
-
-    def add_output_of(self, module: nn.Module, name: str, meaning: str):
-        def module_is_done(module, inputs, output) -> None:
-            self.add(name, output.shape, meaning)
-
-        return module.register_forward_hook(module_is_done)
-
-    def table(self) -> str:
-        lines = [f"{'stage':18} {'shape':20} {'ms':>9}  what it means"]
-        for name, stage in self.stages.items():
-            shape = str(stage["shape"])
-            if stage["times"] > 1:
-                shape += f" and {stage['times'] - 1} more"
-            milliseconds = 1000 * stage["seconds"]
-            lines.append(f"{name:18} {shape:20} {milliseconds:9.2f}  {stage['meaning']}")
-        return "\n".join(lines)
+def prompt_tokens(processor: AudioFlamingo3Processor, ids: Tensor, columns: int) -> str:
+    """The prompt's tokens in quotes, in lines of at most so many columns where that can be."""
+    lines = [""]
+    for text, count in fold_prompt(processor, ids):
+        token = repr(text)
+        if count > 1:
+            token += f" x {count}"
+        if lines[-1] and len(lines[-1]) + 1 + len(token) > columns:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {token}".strip()
+    return "\n".join(lines)
 
 
-# ---- The picture of the log-mel ----
+def describe_heads(alignment: Alignment) -> str:
+    """Which heads the attention is of, and whether it says much."""
+    best = alignment.heads[: alignment.num_averaged]
+    names = [f"layer {head.layer + 1}, head {head.head + 1}" for head in best]
+    text = f"{' and '.join(names)}, score {best[0].score:.2f} of 1"
+    if alignment.words and not alignment.follows_sound:
+        text += f"\n({UNCLEAR})"
+    return text
+
+
+def token_table(alignment: Alignment) -> str:
+    """Each token with its probability, when it was spoken, and what else was likely."""
+    seconds_of = {}
+    for word in alignment.words:
+        seconds_of[word.tokens[0]] = f"{word.begin:.2f} to {word.end:.2f}"
+    lines = [f"{'token':16} {'probability':>11}  {'seconds':16} next likeliest"]
+    for place, token in enumerate(alignment.tokens):
+        others = []
+        for text, probability in token.candidates:
+            if text != token.text and len(others) < 3:
+                others.append(f"{text!r} {probability:.2%}")
+        seconds = seconds_of.get(place, "")
+        line = f"{token.text!r:16} {token.probability:>11.2%}  {seconds:16} {', '.join(others)}"
+        lines.append(line.rstrip())
+    return "\n".join(lines)
+
+
+# ---- The picture: log-mel windows, and below them a line of attention for each word ----
 
 
 def picture(features: Tensor, mel_frames: list[int], columns: int, coloured: bool) -> str:
-    """The real frames of windows (W, 128, 3000), low frequencies below, a border between windows,
-    and under each window its number of audio frames."""
-    total = sum(mel_frames)
-    widths = [max(1, columns * frames // total - 1) for frames in mel_frames]
-    rows = 32 if coloured else 16
+    """The real frames of windows (W, 128, 3000) with Hz on the left and seconds below.
+
+    Low frequencies are below; there is a border between windows, and under each its number of
+    audio frames.
+    """
+    widths = window_widths(mel_frames, columns)
+    rows = 2 * PICTURE_LINES if coloured else PICTURE_LINES
     num_shades = len(HEAT) if coloured else len(INK)
     windows = []
     for window, frames, width in zip(features, mel_frames, widths):
@@ -162,15 +119,31 @@ def picture(features: Tensor, mel_frames: list[int], columns: int, coloured: boo
     shades = to_shades(windows, num_shades)
 
     lines = []
-    if coloured:
-        for row in range(0, rows, 2):
-            lines.append([two_rows_in_colour(w[row], w[row + 1]) for w in shades])
-    else:
-        for row in range(rows):
-            lines.append(["".join(INK[shade] for shade in w[row]) for w in shades])
-    labels = [frame_label(frames, width) for frames, width in zip(mel_frames, widths)]
-    lines.append(labels)
-    return "\n".join("|" + "|".join(cells) + "|" for cells in lines)
+    labels = frequency_labels()
+    for line in range(PICTURE_LINES):
+        if coloured:
+            cells = [two_rows_in_colour(w[2 * line], w[2 * line + 1]) for w in shades]
+        else:
+            cells = ["".join(INK[shade] for shade in w[line]) for w in shades]
+        lines.append(framed(labels[line], cells))
+    frame_counts_below = [frame_label(frames, width) for frames, width in zip(mel_frames, widths)]
+    lines.append(framed("", frame_counts_below))
+    lines.append(framed("seconds", time_axis(mel_frames, widths)))
+    return "\n".join(lines)
+
+
+def framed(label: str, cells: list[str]) -> str:
+    """A line of the picture: what stands beside it, and the cells of each window."""
+    if len(label) >= LABEL_WIDTH:
+        label = label[: LABEL_WIDTH - 2] + "~"
+    return f"{label:>{LABEL_WIDTH - 1}} |{'|'.join(cells)}|"
+
+
+def window_widths(mel_frames: list[int], columns: int) -> list[int]:
+    """How many columns each window gets, without the border on its right."""
+    total = sum(mel_frames)
+    free = columns - LABEL_WIDTH - 1
+    return [max(1, free * frames // total - 1) for frames in mel_frames]
 
 
 def to_shades(windows: list[Tensor], num_shades: int) -> list[list[list[int]]]:
@@ -187,6 +160,17 @@ def two_rows_in_colour(upper: list[int], lower: list[int]) -> str:
     return "".join(cells) + "\x1b[0m"
 
 
+def frequency_labels() -> list[str]:
+    """What stands beside each line of the picture: Hz, where a round number falls into it."""
+    labels = [""] * PICTURE_LINES
+    edges = mel_edges()
+    for frequency in (100, 500, 1000, 2000, 4000, 8000):
+        height = float((edges < frequency).sum()) / len(edges)  # from 0, below, to 1
+        line = int((1 - height) * PICTURE_LINES)
+        labels[line] = f"{frequency} Hz"
+    return labels
+
+
 def frame_label(mel_frames: int, width: int) -> str:
     """The longest label that fits."""
     _, audio_frames = frame_counts(mel_frames)
@@ -194,3 +178,40 @@ def frame_label(mel_frames: int, width: int) -> str:
         if len(label) <= width:
             break
     return label.center(width, "-")
+
+
+def time_axis(mel_frames: list[int], widths: list[int]) -> list[str]:
+    """A line of seconds for each window, each number beginning at its time."""
+    columns_a_second = 100 * sum(widths) / sum(mel_frames)
+    for step in (0.1, 0.2, 0.5, 1, 2, 5, 10, 30):
+        if step * columns_a_second >= 6:
+            break
+    cells = []
+    for window, (frames, width) in enumerate(zip(mel_frames, widths)):
+        axis = ""
+        for tick in range(int(frames / 100 / step) + 1):
+            column = round(tick * step * 100 / frames * width)
+            label = f"{window * WINDOW_SECONDS + tick * step:g}"
+            if len(axis) <= column <= width - len(label):
+                axis = axis.ljust(column) + label
+        cells.append(axis.ljust(width))
+    return cells
+
+
+def attention_lines(alignment: Alignment, mel_frames: list[int], columns: int) -> list[str]:
+    """A line for each word: the darker, the more it looked there. The darkest is its most."""
+    widths = window_widths(mel_frames, columns)
+    _, audio_frames = frame_counts(torch.tensor(mel_frames))
+    lines = []
+    for word in alignment.words:
+        attention = alignment.attention[word.tokens[0]]
+        shades = attention / attention.max().clamp(min=1e-20) * (len(INK) - 1)
+        cells = []
+        for of_window, width in zip(shades.split(audio_frames.tolist()), widths):
+            if len(of_window) == 0:  # a last window of one or two mel frames
+                cells.append(" " * width)
+                continue
+            pooled = F.adaptive_max_pool1d(of_window[None, None], width)[0, 0]
+            cells.append("".join(INK[round(shade)] for shade in pooled.tolist()))
+        lines.append(framed(terminal.printable(word.text), cells))
+    return lines

@@ -1,11 +1,14 @@
-"""--explain: the stages of a recording's way through the model, as a table and a picture."""
+"""--explain: the stages of a recording's way through the model, and where each word looked."""
 
 import time
 
 import pytest
 import torch
 
-from extras.explain import picture
+from conftest import TINY
+from extras.explain import picture, window_widths
+from extras.stages import describe_frames, fold_prompt, follow
+from processor import feature_batch
 from signals import sound, write_wav
 
 
@@ -65,33 +68,114 @@ def test_the_answer_is_that_of_a_run_without_explain(run, clip):
     options = [clip, "Hi", "--max-new-tokens", 6]
     _, answer, _ = run(*options, "--quiet")
     _, out, _ = run(*options, "--explain")
-    assert out.endswith("\n\n" + answer)
+    assert "\nThe answer:\n" + answer in out
+
+
+def test_each_group_of_windows_has_its_own_stages_in_the_order_of_the_work(processor, model):
+    waveform = torch.from_numpy(sound(4 * 480000 + 80000))
+    stages = follow(processor, model, waveform, "Hi", {"max_new_tokens": 1}).stages
+    shapes = [stage.shape for stage in stages if stage.name == "conv1"]
+    assert shapes == [(1, 32, 501), (4, 32, 3000)]
+    names = [stage.name for stage in stages]
+    encoder = ["conv1", "conv2", "2 encoder layers", "pool, LayerNorm"]
+    assert names[3:11] == encoder * 2
+    assert max(len(str(stage.shape)) for stage in stages) <= 20  # the width of the column
+
+
+# ---- Frames and prompt in words ----
+
+
+def test_frames_are_explained_with_their_numbers():
+    text = describe_frames(199)
+    assert text.startswith("199 mel frames become 100 conv frames, because conv2 makes one of")
+    assert "up to 198 " in text
+    assert text.endswith("50 audio frames, because the pool makes one of two.")
+    assert describe_frames(201).endswith(
+        "50 audio frames, because the pool makes one of two and drops an odd last one."
+    )
+
+
+def test_a_prompt_is_its_tokens_with_the_run_of_sound_folded(processor):
+    inputs = processor("One <sound>", sound(24000))
+    folded = fold_prompt(processor, inputs["input_ids"][0])
+    counts = [count for text, count in folded if text == "<sound>"]
+    assert counts == [37]
+    assert [count for text, count in folded if text != "<sound>"] == [1] * (len(folded) - 1)
+    spelt_out = "".join(text * count for text, count in folded)
+    assert spelt_out == processor.decode(inputs["input_ids"][0])
+
+
+# ---- The picture ----
+
+
+def picture_lines(out):
+    return [line for line in out.splitlines() if line[10:11] == "|"]
 
 
 def test_the_picture_has_a_border_between_windows_and_their_audio_frames_below(explain):
-    lines = [line for line in explain(720000).splitlines() if line.startswith("|")]
-    assert len(lines) == 17
+    lines = picture_lines(explain(720000))[:18]
     assert {line.count("|") for line in lines} == {3}
     assert len({len(line) for line in lines}) == 1
     assert len(lines[0]) <= 80
-    assert "750 audio frames" in lines[-1]
-    assert "375 audio frames" in lines[-1]
+    assert "750 audio frames" in lines[16]
+    assert "375 audio frames" in lines[16]
 
 
 def test_low_tones_are_drawn_below_and_later_ones_on_the_right():
     features = torch.zeros(1, 128, 3000)
     features[0, :8, 100:200] = 1  # low and late
-    lines = picture(features, [200], 42, coloured=False).splitlines()
+    lines = picture(features, [200], 52, coloured=False).splitlines()
     assert lines[15][-2] == "#"
-    assert lines[15][1] == " "
-    assert lines[0].strip("| ") == ""
+    assert lines[15][11] == " "
+    assert lines[0][10:].strip("| ") == ""
+
+
+def test_hz_and_seconds_stand_at_their_places():
+    """A tone of 1000 Hz from 1 to 2 s is drawn in the line and columns that the axes name."""
+    seconds = torch.arange(48000) / 16000
+    tone = torch.sin(2 * torch.pi * 1000 * seconds) * ((seconds >= 1) & (seconds < 2))
+    features, mask = feature_batch([tone])
+    lines = picture(features, mask.sum(1).tolist(), 111, coloured=False).splitlines()
+    brightest = max(lines[:16], key=lambda line: line.count("#"))
+    assert brightest.startswith("  1000 Hz ")
+    axis = lines[17]
+    assert axis.startswith("  seconds |0")
+    assert abs(brightest.index("#") - axis.index(" 1 ") - 1) <= 1
 
 
 def test_a_terminal_of_256_colours_gets_colours():
-    text = picture(torch.rand(1, 128, 3000), [3000], 40, coloured=True)
+    text = picture(torch.rand(1, 128, 3000), [3000], 50, coloured=True)
     assert "\x1b[38;5;" in text
-    assert text.count("\n") == 16
+    assert text.count("\n") == 17
     assert text.splitlines()[0].endswith("\x1b[0m|")
+
+
+def test_each_word_has_a_line_that_is_darkest_where_it_was_spoken(run):
+    _, out, _ = run("--explain", TINY / "samples" / "digits.wav", model=TINY)
+    lines = picture_lines(out)[18:]
+    assert [line[:9].strip() for line in lines] == ["seven", "three", "one"]
+    (width,) = window_widths([199], 79)
+    for line, (begin, end) in zip(lines, [(0.16, 0.71), (0.92, 1.3), (1.5, 1.94)]):
+        second = (line[11:].index("@" if "@" in line else "#") + 0.5) / width * 1.99
+        assert begin < second < end
+
+
+def test_every_token_has_its_probability_and_candidates(run):
+    _, out, _ = run("--explain", TINY / "samples" / "digits.wav", model=TINY)
+    lines = out.splitlines()
+    table = lines[lines.index(next(line for line in lines if line.startswith("token "))) + 1 :]
+    assert len(table) == 4
+    assert table[1].startswith("' three'              99.84%  0.92 to 1.32")
+    assert "' two' 0.05%" in table[1]
+    assert table[3].startswith("'<|im_end|>'")
+
+
+def test_an_answer_that_does_not_follow_the_sound_is_marked(run):
+    _, out, _ = run("--explain", TINY / "samples" / "rain.wav", "Who are you?", model=TINY)
+    assert "(no attention head points at a place for each word" in out
+
+
+# ---- Hooks, and bad input ----
 
 
 @pytest.mark.parametrize("flag, status", [("--quiet", 0), ("--explain", 2)])

@@ -19,6 +19,7 @@ ROOMS = {
 # The extras that use another one.
 USES = {
     "batch": {"alignment"},
+    "explain": {"alignment", "stages"},
 }
 PACKAGES = {"torch", "numpy", "safetensors", "tiktoken"}
 
