@@ -93,8 +93,9 @@ def add_answer_options(add: Callable) -> None:
 
 def add_modes(add: Callable) -> None:
     add("--chat", action="store_true", help="hold a conversation in the terminal")
-    explain_help = "show the way through the model as a table and a picture, then the answer"
-    add("--explain", action="store_true", help=explain_help)
+    explain_help = """show the way through the model, and where in the recording each word of the
+    answer looked; with a name that ends in .html, as a page for the browser"""
+    add("--explain", nargs="?", const="", metavar="PAGE.html", help=explain_help)
     prompts_help = """read JSON lines, or an array, with "audio", "prompt", perhaps "choices", and
     any other fields, which are kept; - is standard input"""
     add("--prompts", metavar="FILE", help=prompts_help)
@@ -113,6 +114,20 @@ def add_options_for_many(add: Callable) -> None:
     add("--resume", metavar="FILE", help="skip what FILE already answers; append to it: >> FILE")
 
 
+def join_page_name(words: list[str]) -> list[str]:
+    """The command line with --explain PAGE.html in one word, or "--explain=" where there is no page.
+
+    argparse would take whatever follows --explain for the page, the recording too.
+    """
+    if "--explain" not in words[:-1]:
+        return words
+    place = words.index("--explain")
+    following = words[place + 1]
+    if following.lower().endswith(".html"):
+        return [*words[:place], f"--explain={following}", *words[place + 2 :]]
+    return [*words[:place], "--explain=", *words[place + 1 :]]
+
+
 def refuse(message: str) -> None:
     """Replaces argparse's usage message of several lines."""
     for word in message.split():
@@ -129,7 +144,8 @@ def main() -> int:
     """
     terminal.prepare_streams()
     try:
-        return run(make_parser().parse_intermixed_args())
+        words = join_page_name(sys.argv[1:])
+        return run(make_parser().parse_intermixed_args(words))
     except BrokenPipeError:  # the reader has enough, as in `| head -1`
         return 0
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
@@ -165,14 +181,8 @@ def run(args: argparse.Namespace) -> int:
         waveforms = [read_recording(args, processor, recording) for recording in recordings]
         chat = TerminalChat(processor, load_model(args), waveforms, options, args.quiet)
         chat.run(prompt)
-    elif args.explain:
-        from extras.explain import explain
-
-        if len(recordings) != 1 or os.path.isdir(recordings[0]):
-            raise ValueError("--explain takes one sound file.")
-        processor = AudioFlamingo3Processor.from_pretrained(args.model)
-        waveform = read_recording(args, processor, recordings[0])
-        explain(processor, load_model(args), waveform, prompt, options)
+    elif args.explain is not None:
+        explain_one(args, recordings, prompt, options)
     elif wants_json_lines(args, recordings):
         return answer_many(args, recordings, prompt, options)
     else:
@@ -193,7 +203,7 @@ def check_combination(args: argparse.Namespace) -> None:
         if getattr(args, name) == "":
             refuse(f"--{name} is empty")
     needs = {"fields": "--prompts", "choose": "--prompts"}
-    if args.chat or args.explain:
+    if args.chat or args.explain is not None:
         needs |= dict.fromkeys(["batch_size", "output", "resume"], "JSON lines")
         needs["timestamps"] = "answers without --chat and --explain"
     for name, needed in needs.items():
@@ -304,6 +314,26 @@ def answer_one(args: argparse.Namespace, recording: str, prompt: str, options: d
     if not args.quiet:
         print(processor.describe_audio(inputs), file=sys.stderr)
         print(timer.summary(), file=sys.stderr)
+
+
+def explain_one(args: argparse.Namespace, recordings: list, prompt: str, options: dict) -> None:
+    """Explains the answer in the terminal, or in the page args.explain."""
+    from extras.explain import explain
+    from extras.explain_page import check_page_name, write_page
+
+    if len(recordings) != 1 or os.path.isdir(recordings[0]):
+        raise ValueError("--explain takes one sound file.")
+    if args.explain:
+        check_page_name(args.explain)
+    processor = AudioFlamingo3Processor.from_pretrained(args.model)
+    waveform = read_recording(args, processor, recordings[0])
+    model = load_model(args)
+    if not args.explain:
+        explain(processor, model, waveform, prompt, options)
+        return
+    write_page(args.explain, processor, model, waveform, recordings[0], prompt, options)
+    if not args.quiet:
+        print(f"{args.explain}: open it in a browser", file=sys.stderr)
 
 
 def answer_many(args: argparse.Namespace, recordings: list, prompt: str, options: dict) -> int:

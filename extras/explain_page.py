@@ -1,0 +1,230 @@
+"""One recording's way through the model, as a page that needs nothing but a browser.
+
+    write_page("page.html", processor, model, waveform, "rain.wav", "What is this?", options={})
+
+The page is extras/explain_page.html with the recording, the log-mel and everything else filled in.
+It loads nothing, and its Content-Security-Policy lets it run no script but its own.
+"""
+
+import base64
+import hashlib
+import html
+import io
+import json
+import re
+import struct
+import wave
+import zlib
+from itertools import tee
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from af3 import AudioFlamingo3ForConditionalGeneration
+from extras.alignment import UNCLEAR, Alignment, Head, align
+from extras.stages import Journey, describe_frames, fold_prompt, follow
+from plumbing import terminal
+from processor import SAMPLE_RATE, AudioFlamingo3Processor, mel_edges
+
+TEMPLATE = Path(__file__).with_suffix(".html")
+
+# What a minute of sound in 3 MB leaves room for, besides 2.6 MB of recording.
+PICTURE_COLUMNS = 1000  # of the log-mel, at most
+ATTENTION_COLUMNS = 500  # of each word's attention, at most
+ATTENTION_BYTES = 150_000  # of all heads; where they are more, the worst heads are left out
+
+# The colours of the log-mel, from quiet to loud, in red, green and blue.
+COLOURS = [(8, 9, 32), (66, 20, 104), (176, 46, 104), (247, 140, 62), (255, 246, 196)]
+
+CAUTION = (
+    "This is attention: where the model looked when it was about to say a word. It is a good hint "
+    "to where the word comes from, and no proof."
+)
+
+
+def write_page(
+    path: str | Path,
+    processor: AudioFlamingo3Processor,
+    model: AudioFlamingo3ForConditionalGeneration,
+    waveform: Tensor,
+    name: str,
+    prompt: str,
+    options: dict,
+) -> None:
+    """Writes the page of a recording (n,) at 16 kHz called `name`; prints the answer as it comes.
+
+    Raises ValueError if the page's name does not end in .html, or there is no such folder.
+    """
+    check_page_name(path)
+    journey = follow(processor, model, waveform, prompt, options)
+    steps, steps_again = tee(journey.steps)
+    terminal.print_as_it_comes(processor.stream_text(steps))
+    alignment = align(processor, model, journey.inputs, torch.cat(list(steps_again)))
+    contents = describe(processor, journey, alignment)
+    contents |= {"name": name, "prompt": prompt, "seconds": len(waveform) / SAMPLE_RATE}
+    picture = png(log_mel_picture(journey))
+    page = fill_template(name, contents, wav(waveform), picture)
+    Path(path).write_text(page, encoding="utf-8", errors="replace")
+
+
+def check_page_name(path: str | Path) -> None:
+    path = Path(path)
+    if path.suffix.lower() != ".html":
+        raise ValueError(f"{path}: the name of a page ends in .html.")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: there is no folder {path.parent}; make it first.")
+
+
+def fill_template(title: str, contents: dict, recording: bytes, picture: bytes) -> str:
+    template = TEMPLATE.read_text(encoding="utf-8")
+    values = {
+        "policy": security_policy(template),
+        "title": html.escape(f"What it heard in {title}"),
+        "recording": data_url("audio/wav", recording),
+        "log_mel": data_url("image/png", picture),
+        # In a script element nothing but "<" can begin markup, such as </script>.
+        "data": json.dumps(contents).replace("<", "\\u003c"),
+    }
+    # All at once: a value that holds {{...}} itself stays as it is.
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], template)
+
+
+def security_policy(template: str) -> str:
+    """Nothing may be loaded, and only the template's own style and script count."""
+    style_hash = sha256(re.search(r"<style>(.*?)</style>", template, re.DOTALL)[1])
+    script_hash = sha256(re.search(r"<script>(.*?)</script>", template, re.DOTALL)[1])
+    return (
+        f"default-src 'none'; img-src data:; media-src data:; style-src '{style_hash}'; "
+        f"script-src '{script_hash}'; base-uri 'none'; form-action 'none'"
+    )
+
+
+def sha256(text: str) -> str:
+    digest = hashlib.sha256(text.encode()).digest()
+    return f"sha256-{base64.b64encode(digest).decode()}"
+
+
+def data_url(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+# ---- What the page's script gets as JSON ----
+
+
+def describe(processor: AudioFlamingo3Processor, journey: Journey, alignment: Alignment) -> dict:
+    """The stages, the prompt, the words with their tokens' candidates, and the attention."""
+    mel_frames = journey.inputs["feature_attention_mask"].sum(1).tolist()
+    caution = CAUTION
+    if alignment.words and not alignment.follows_sound:
+        caution += f" Here {UNCLEAR}."
+    words = []
+    for word in alignment.words:
+        described = {"text": word.text, "begin": word.begin, "end": word.end}
+        described["probability"] = word.probability
+        described["tokens"] = [vars(alignment.tokens[place]) for place in word.tokens]
+        words.append(described)
+    return {
+        "words": words,
+        "caution": caution,
+        "stages": [vars(stage) for stage in journey.stages],
+        "frames": [describe_frames(frames) for frames in sorted(set(mel_frames), reverse=True)],
+        "prompt_tokens": fold_prompt(processor, journey.inputs["input_ids"][0]),
+        "frequencies": frequency_heights(),
+        **describe_attention(alignment),
+    }
+
+
+def describe_attention(alignment: Alignment) -> dict:
+    """The attention of each word's first token, in one byte for each column of time.
+
+    "heads" are the average of the best and then each head, best first, as many as fit.
+    """
+    first_tokens = [word.tokens[0] for word in alignment.words]
+    frames = alignment.attention.shape[1]
+    columns = min(frames, ATTENTION_COLUMNS)
+    num_heads = ATTENTION_BYTES // max(1, len(first_tokens) * columns)
+    best = alignment.heads[: alignment.num_averaged]
+    names = [head_name(head) for head in best]
+    described = [describe_head("best: " + " and ".join(names), alignment.attention[first_tokens])]
+    for head in alignment.heads[:num_heads]:
+        name = f"{head_name(head)}, score {head.score:.2f}"
+        described.append(describe_head(name, head.attention[first_tokens]))
+    return {"columns": columns, "heads": described}
+
+
+def head_name(head: Head) -> str:
+    return f"layer {head.layer + 1}, head {head.head + 1}"
+
+
+def describe_head(name: str, attention: Tensor) -> dict:
+    """attention: (words, audio frames)"""
+    columns = min(attention.shape[1], ATTENTION_COLUMNS)
+    largest = attention.amax(1).clamp(min=1e-20)  # (words,)
+    relative = attention / largest[:, None]
+    if len(relative) > 0:
+        relative = F.adaptive_max_pool1d(relative, columns)
+    weights = (255 * relative).round().to(torch.uint8).numpy().tobytes()
+    return {
+        "name": name,
+        "largest": [round(share, 4) for share in largest.tolist()],
+        "weights": base64.b64encode(weights).decode(),
+    }
+
+
+def frequency_heights() -> list[tuple[int, float]]:
+    """Round numbers of Hz, and how high each stands in the picture, from 0 to 1."""
+    edges = mel_edges().numpy()
+    frequencies = [100, 500, 1000, 2000, 4000, 8000]
+    heights = np.interp(frequencies, edges, np.linspace(0, 1, len(edges)))
+    return list(zip(frequencies, heights.round(4).tolist()))
+
+
+# ---- Files inside the page ----
+
+
+def wav(waveform: Tensor) -> bytes:
+    """16 bits, mono, 16 kHz: what the model heard."""
+    samples = (waveform.clamp(-1, 1) * 32767).round().short().numpy()
+    file = io.BytesIO()
+    with wave.open(file, "wb") as writer:
+        writer.setparams((1, 2, SAMPLE_RATE, 0, "NONE", ""))
+        writer.writeframes(samples.astype("<i2").tobytes())
+    return file.getvalue()
+
+
+def log_mel_picture(journey: Journey) -> np.ndarray:
+    """(128, columns) uint8: the real mel frames of all windows, low frequencies below."""
+    features = journey.inputs["input_features"].float().cpu()
+    mel_frames = journey.inputs["feature_attention_mask"].sum(1).tolist()
+    windows = [window[:, :frames] for window, frames in zip(features, mel_frames)]
+    mel = torch.cat(windows, dim=1)
+    mel = F.adaptive_avg_pool1d(mel, min(mel.shape[1], PICTURE_COLUMNS)).flip(0)
+    spread = (mel.max() - mel.min()).clamp(min=1e-6)
+    return (255 * (mel - mel.min()) / spread).round().to(torch.uint8).numpy()
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """A PNG file of (rows, columns) uint8, from 0 in the first to 255 in the last of COLOURS."""
+    rows, columns = pixels.shape
+    places = np.linspace(0, 255, len(COLOURS))
+    channels = [np.interp(np.arange(256), places, channel) for channel in zip(*COLOURS)]
+    palette = np.stack(channels, axis=1).round().astype(np.uint8)
+    # Eight bits a pixel, which are numbers of colours in the palette (3).
+    header = struct.pack(">IIBBBBB", columns, rows, 8, 3, 0, 0, 0)
+    no_filter = np.zeros((rows, 1), dtype=np.uint8)  # before each row
+    content = zlib.compress(np.hstack([no_filter, pixels]).tobytes(), 9)
+    parts = [
+        png_chunk(b"IHDR", header),
+        png_chunk(b"PLTE", palette.tobytes()),
+        png_chunk(b"IDAT", content),
+        png_chunk(b"IEND", b""),
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def png_chunk(kind: bytes, content: bytes) -> bytes:
+    length = struct.pack(">I", len(content))
+    return length + kind + content + struct.pack(">I", zlib.crc32(kind + content))
