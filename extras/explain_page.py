@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from af3 import AudioFlamingo3ForConditionalGeneration
-from extras.alignment import UNCLEAR, Alignment, Head, align
+from extras.alignment import UNCLEAR, Alignment, Head, Token, align
 from extras.stages import Journey, describe_frames, fold_prompt, follow
 from plumbing import terminal
 from processor import SAMPLE_RATE, AudioFlamingo3Processor, mel_edges
@@ -34,7 +34,7 @@ TEMPLATE = Path(__file__).with_suffix(".html")
 # What a minute of sound in 3 MB leaves room for, besides 2.6 MB of recording.
 PICTURE_COLUMNS = 1000  # of the log-mel, at most
 ATTENTION_COLUMNS = 500  # of each word's attention, at most
-ATTENTION_BYTES = 150_000  # of all heads; where they are more, the worst heads are left out
+ATTENTION_BYTES = 120_000  # of all heads; where they are more, the worst heads are left out
 
 # The colours of the log-mel, from quiet to loud, in red, green and blue.
 COLOURS = [(8, 9, 32), (66, 20, 104), (176, 46, 104), (247, 140, 62), (255, 246, 196)]
@@ -122,10 +122,8 @@ def describe(processor: AudioFlamingo3Processor, journey: Journey, alignment: Al
         caution += f" Here {UNCLEAR}."
     words = []
     for word in alignment.words:
-        described = {"text": word.text, "begin": word.begin, "end": word.end}
-        described["probability"] = word.probability
-        described["tokens"] = [vars(alignment.tokens[place]) for place in word.tokens]
-        words.append(described)
+        tokens = [describe_token(alignment.tokens[place]) for place in word.tokens]
+        words.append({**vars(word), "tokens": tokens})
     return {
         "words": words,
         "caution": caution,
@@ -137,21 +135,28 @@ def describe(processor: AudioFlamingo3Processor, journey: Journey, alignment: Al
     }
 
 
+def describe_token(token: Token) -> dict:
+    candidates = [(text, round(probability, 6)) for text, probability in token.candidates]
+    return {"text": token.text, "candidates": candidates}
+
+
 def describe_attention(alignment: Alignment) -> dict:
     """The attention of each word's first token, in one byte for each column of time.
 
     "heads" are the average of the best and then each head, best first, as many as fit.
     """
     first_tokens = [word.tokens[0] for word in alignment.words]
+    words = max(1, len(first_tokens))
     frames = alignment.attention.shape[1]
-    columns = min(frames, ATTENTION_COLUMNS)
-    num_heads = ATTENTION_BYTES // max(1, len(first_tokens) * columns)
+    columns = min(frames, ATTENTION_COLUMNS, max(1, ATTENTION_BYTES // words))
+    room = ATTENTION_BYTES // (words * columns)
     best = alignment.heads[: alignment.num_averaged]
     names = [head_name(head) for head in best]
-    described = [describe_head("best: " + " and ".join(names), alignment.attention[first_tokens])]
-    for head in alignment.heads[:num_heads]:
+    average = alignment.attention[first_tokens]
+    described = [describe_head(f"best: {' and '.join(names)}", average, columns)]
+    for head in alignment.heads[: room - 1]:
         name = f"{head_name(head)}, score {head.score:.2f}"
-        described.append(describe_head(name, head.attention[first_tokens]))
+        described.append(describe_head(name, head.attention[first_tokens], columns))
     return {"columns": columns, "heads": described}
 
 
@@ -159,9 +164,8 @@ def head_name(head: Head) -> str:
     return f"layer {head.layer + 1}, head {head.head + 1}"
 
 
-def describe_head(name: str, attention: Tensor) -> dict:
+def describe_head(name: str, attention: Tensor, columns: int) -> dict:
     """attention: (words, audio frames)"""
-    columns = min(attention.shape[1], ATTENTION_COLUMNS)
     largest = attention.amax(1).clamp(min=1e-20)  # (words,)
     relative = attention / largest[:, None]
     if len(relative) > 0:

@@ -20,6 +20,7 @@ ROOMS = {
 USES = {
     "batch": {"alignment"},
     "explain": {"alignment", "stages"},
+    "explain_page": {"alignment", "stages"},
 }
 PACKAGES = {"torch", "numpy", "safetensors", "tiktoken"}
 
