@@ -197,7 +197,7 @@ def read_again(
     the places of those new tokens by which the heads are ranked.
     """
     audio_frames = model.get_audio_features(
-        inputs["input_features"], inputs["feature_attention_mask"]
+        inputs["input_features"], inputs["feature_attention_mask"], inputs.get("window_index")
     )
     prompt = model.splice(inputs["input_ids"], audio_frames)
     # The last new token is only predicted. A <sound> among the others is embedded like any token.

@@ -173,12 +173,9 @@ def check_timestamps(jobs: list[Job], choose: bool) -> None:
         raise ValueError("--timestamps is for answers in the model's own words, not for --choose.")
     for job in jobs:
         if len(job.recordings) != 1:
-            raise ValueError(f"--timestamps takes one recording: the entry is {json.dumps(job)}.")
+            raise ValueError(f"{job.place}: it has several recordings; --timestamps takes one.")
         if TIMESTAMPS in job:
-            raise ValueError(
-                f'--timestamps: the entry {json.dumps(job)} has "{TIMESTAMPS}", '
-                "the name of what is written."
-            )
+            raise ValueError(f'{job.place}: it has "{TIMESTAMPS}", which --timestamps writes.')
 
 
 def files_in(name: str) -> list[str]:

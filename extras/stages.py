@@ -113,6 +113,9 @@ class StageWatch:
                 "a score for each token that may come next",
             ),
         ]
+        if model.rotary_time is not None:  # in Music Flamingo and Audio Flamingo Next
+            meaning = "each audio frame now says when it was heard"
+            outputs.append((model.rotary_time, "rotary time", meaning))
         hooks = [self.add_output_of(*output) for output in outputs]
 
         def encoder_begins(module, inputs) -> None:

@@ -327,7 +327,12 @@ def test_words_do_not_hinder_the_recognition_of_what_is_answered(run, clip, tmp_
 @pytest.mark.parametrize(
     "field, value, option, reason",
     [
-        ("audio", ["a.wav", "b.wav"], "--batch-size=1", "--timestamps takes one recording"),
+        (
+            "audio",
+            ["a.wav", "b.wav"],
+            "--batch-size=1",
+            "it has several recordings; --timestamps takes one",
+        ),
         ("words", 7, "--batch-size=1", 'has "words"'),
         ("choices", ["rain"], "--choose", "not for --choose"),
     ],

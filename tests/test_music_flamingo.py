@@ -308,13 +308,21 @@ def test_the_names_of_transformers_are_other_names_of_the_same():
     assert MusicFlamingoProcessor is AudioFlamingo3Processor
 
 
-@pytest.mark.parametrize("flags", [[], ["--explain"], ["--int8"], ["--batch-size", "2"]])
+@pytest.mark.parametrize(
+    "flags", [[], ["--explain"], ["--timestamps"], ["--int8"], ["--batch-size", "2"]]
+)
 def test_the_command_line_takes_it(run, music_flamingo, tmp_path, flags):
     path = write_wav(tmp_path / "a.wav", sound(490000))
     arguments = [path, "What?", "--max-new-tokens", "3", *flags]
     status, output, errors = run(*arguments, model=music_flamingo)
     assert (status, "error" in errors) == (0, False)
     assert output.strip()
+
+
+def test_explain_shows_the_rotary_time_as_a_stage(run, music_flamingo, clip):
+    _, output, _ = run("--explain", clip, "What?", "--max-new-tokens", 2, model=music_flamingo)
+    stages = [line.split("  ")[0] for line in output.split("\n")[:16]]
+    assert stages.index("pool, LayerNorm") < stages.index("rotary time") < stages.index("projector")
 
 
 def test_no_allocation_grows_with_the_square_of_the_windows(music_model, music_processor):

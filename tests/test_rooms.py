@@ -9,7 +9,7 @@ from conftest import ROOT
 
 # What each file, or each file of a folder, may import of the project.
 ROOMS = {
-    "af3.py": {"load_weights"},
+    "af3.py": {"load_weights", "plumbing"},
     "processor.py": {"af3", "load_weights", "plumbing"},
     "load_weights.py": set(),
     "generate.py": {"af3", "processor", "load_weights", "plumbing", "extras"},
@@ -21,6 +21,8 @@ USES = {
     "batch": {"alignment"},
     "explain": {"alignment", "stages"},
     "explain_page": {"alignment", "stages"},
+    "finetune": {"batch"},
+    "score": {"batch"},
 }
 PACKAGES = {"torch", "numpy", "safetensors", "tiktoken"}
 
