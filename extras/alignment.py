@@ -38,9 +38,7 @@ FRAME_SECONDS = 4 * HOP_LENGTH / SAMPLE_RATE  # an audio frame is four mel frame
 KEPT_HEADS = 16  # of which the attention is kept; an official checkpoint has 784
 NUM_CANDIDATES = 5  # for each token
 FOLLOWS = 0.5  # the best head's score in an answer that follows the sound word by word
-UNCLEAR = (
-    "no attention head points at a place for each word, so the times of this answer say little"
-)
+UNCLEAR = "no attention head points at a place for each word: some or all times mean little"
 
 
 @dataclass

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from af3 import AudioFlamingo3ForConditionalGeneration, frame_counts
-from processor import N_SAMPLES, SAMPLE_RATE, AudioFlamingo3Processor, Batch, feature_batch
+from processor import (
+    N_MEL_FRAMES,
+    N_SAMPLES,
+    SAMPLE_RATE,
+    AudioFlamingo3Processor,
+    Batch,
+    feature_batch,
+)
 
 
 @dataclass
@@ -150,11 +157,14 @@ def stage_table(stages: list[Stage]) -> str:
 def describe_frames(mel_frames: int) -> str:
     """Why so many mel frames of a window become so many conv frames and audio frames."""
     conv_frames, audio_frames = frame_counts(mel_frames)
+    last = 2 * conv_frames - 2  # the mel frame in the middle of the last conv frame
     text = (
-        f"{mel_frames} mel frames become {conv_frames} conv frames, because conv2 makes one of "
-        f"mel frames 0, 2, 4 and so on up to {2 * conv_frames - 2} with their neighbours; "
-        f"they become {audio_frames} audio frames, because the pool makes one of two"
+        f"{mel_frames} mel frames become {conv_frames} conv frames, because conv2 takes every "
+        f"other one, 0, 2, 4 and so on up to {last}, with its neighbours. "
     )
+    if last + 2 < N_MEL_FRAMES:
+        text += f"The last sees mel frames up to {last + 2}, so conv1 is computed for {last + 3}. "
+    text += f"{conv_frames} become {audio_frames} audio frames, because the pool makes one of two"
     if conv_frames % 2:
         text += " and drops an odd last one"
     return text + "."

@@ -87,12 +87,12 @@ def test_each_group_of_windows_has_its_own_stages_in_the_order_of_the_work(proce
 
 def test_frames_are_explained_with_their_numbers():
     text = describe_frames(199)
-    assert text.startswith("199 mel frames become 100 conv frames, because conv2 makes one of")
-    assert "up to 198 " in text
-    assert text.endswith("50 audio frames, because the pool makes one of two.")
-    assert describe_frames(201).endswith(
-        "50 audio frames, because the pool makes one of two and drops an odd last one."
-    )
+    assert text.startswith("199 mel frames become 100 conv frames, because")
+    assert "up to 198, with its neighbours. The last sees mel frames up to 200, " in text
+    assert "so conv1 is computed for 201. 100 become 50 audio frames" in text
+    assert "conv1" not in describe_frames(3000)
+    assert "drops" not in text
+    assert describe_frames(201).endswith(" and drops an odd last one.")
 
 
 def test_a_prompt_is_its_tokens_with_the_run_of_sound_folded(processor):
