@@ -250,6 +250,15 @@ def test_what_a_screen_reader_needs_has_a_name(browser, page):
     assert len(names["row"]) == 14
 
 
+def test_the_shortest_recording_fits_too(browser, tiny, tmp_path):
+    """Its only audio frame is twice as long as its sound."""
+    path = tmp_path / "page.html"
+    write_page(path, *tiny, torch.from_numpy(sound(321)), "a.wav", "What sound is this?", {})
+    browser.open(path, width=900)
+    assert browser.evaluate("document.documentElement.scrollWidth") <= 900
+    assert browser.complaints() == []
+
+
 def test_an_empty_answer_has_a_page_too(browser, tiny, tmp_path, monkeypatch):
     processor, model = tiny
     monkeypatch.setattr(model, "stream", lambda **_: iter(torch.tensor([[processor.end_id]])))
