@@ -258,6 +258,7 @@ def attention_weights(
 
 CONCENTRATED_WITHIN = 5  # audio frames to either side of the largest weight: 0.2 s
 NEARLY_BEST = 0.95  # of the best head's score: such a head takes part in the average
+MOST_AVERAGED = 4
 
 
 def head_score(attention: Tensor) -> float:
@@ -281,8 +282,9 @@ def head_score(attention: Tensor) -> float:
 
 
 def best_heads(heads: list[Head]) -> list[Head]:
-    """The best of heads, which are in order, and those that are nearly as good."""
-    return [head for head in heads if head.score >= NEARLY_BEST * heads[0].score]
+    """The best of heads, which are in order, and those that are nearly as good; four at most."""
+    nearly_best = [head for head in heads if head.score >= NEARLY_BEST * heads[0].score]
+    return nearly_best[:MOST_AVERAGED]
 
 
 # ---- Times ----
