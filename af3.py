@@ -14,7 +14,7 @@ The sections follow a recording on its way to the first word of the answer:
 
 Audio Flamingo 3 is put together from parts that you may know. What differs from each of them:
 
-    Whisper large-v3  The encoder is Whisper's, up to its last layer. Then an average pool halves
+    Whisper large-v3  The encoder is Whisper's, all 32 layers of it. Then an average pool halves
                       the frames, from 20 ms to 40 ms, and the LayerNorm comes after the pool.
                       Padding at the end of a window is masked; Whisper attends to it.
     Qwen2-Audio       Has the same encoder and pool. Its projector is one linear layer; here there
@@ -23,8 +23,8 @@ Audio Flamingo 3 is put together from parts that you may know. What differs from
     Qwen2-7B          The decoder is Qwen2's without a change, but for a few added tokens, such as
                       <sound>. Each <sound> in the prompt is replaced by one audio frame.
 
-Music Flamingo and Audio Flamingo Next, its newer siblings, have the same tensors. Between encoder
-and projector they have one step more, the rotary time embedding.
+Music Flamingo 2601 and Audio Flamingo Next, its newer siblings (model_type musicflamingo), have the
+same tensors. Between encoder and projector they have one step more, the rotary time embedding.
 
 Letters in shapes: B rows of a batch, T tokens, W windows, C conv frames, A audio frames,
 H hidden size, D size of an attention head, V vocabulary.
@@ -76,7 +76,7 @@ class RotaryTimeConfig:
     """Of Music Flamingo and Audio Flamingo Next; the names are those of config.json's top level."""
 
     rope_theta: float = 1200.0  # base of the frequencies; also the positions in a full turn
-    partial_rotary_factor: float = 0.2  # angles for each channel; one angle rotates two channels
+    partial_rotary_factor: float = 0.2  # 256 angles for 1280 channels; each rotates two channels
     audio_frame_step: float = 0.01  # seconds from one mel frame to the next
 
 
@@ -235,10 +235,17 @@ def new_embedding(rows: int, width: int) -> nn.Embedding:
 
 
 class RotaryTimeEmbedding(nn.Module):
-    """Rotates pairs of channels of each audio frame by angles that grow with its time.
+    """Rotates pairs of channels of each audio frame by angles made of its time and its place.
 
     Music Flamingo and Audio Flamingo Next have it, so that their decoder can tell when in a long
-    recording something is heard. It has no weights.
+    recording something is heard. It has no weights. Of frame k in window w of a recording, at
+    t seconds, the d = 256 angles are, for i from 0 to 127 and f[i] = 1200 ** (-i / 128):
+
+        -2 pi t f[i] w / 1200           128 angles that tell windows apart
+        -2 pi t f[i] k / 1200 * 2 pi    128 angles that tell frames of a window apart
+
+    So 512 of the 1280 channels are rotated. The factor of 2 pi for frames only is the official
+    code's, and so is the product with t.
     """
 
     def __init__(self, config: RotaryTimeConfig, audio_config: AudioFlamingo3EncoderConfig):
@@ -246,11 +253,14 @@ class RotaryTimeEmbedding(nn.Module):
         self.base = config.rope_theta
         self.num_angles = int(audio_config.hidden_size * config.partial_rotary_factor)
         self.frame_seconds = config.audio_frame_step * 4  # 0.04: conv2 halves, and so does the pool
-        self.window_frames = audio_config.max_source_positions // 2  # 750, also in a short window
+        self.window_frames = (
+            audio_config.max_source_positions // 2
+        )  # 750, though the last has fewer
 
     def forward(self, x: Tensor, window_index: Tensor) -> Tensor:
         """x (W, A, H), rotated; window_index (W,) is 0 for the first window of a recording."""
-        # In float64, as the official code does it. MPS has no float64.
+        # Angles, cos and sin in float32, but the products in float64, as in the official code.
+        # MPS has no float64.
         dtype = torch.float32 if x.device.type == "mps" else torch.float64
         angles = self.angles(window_index, x.shape[1])  # (W, A, d)
         cos = angles.cos().to(dtype)
@@ -262,7 +272,7 @@ class RotaryTimeEmbedding(nn.Module):
         return torch.cat([rotated.flatten(-2).to(x.dtype), x[..., width:]], dim=-1)
 
     def angles(self, window_index: Tensor, audio_frames: int) -> Tensor:
-        """Radians (W, A, d): the frame's window and its place there, both times its seconds.
+        """Radians (W, A, d).
 
         They reach tens of thousands, of which float32 keeps two or three decimals. The model was
         trained with just these, so another order of the operations gives another embedding.
@@ -276,8 +286,7 @@ class RotaryTimeEmbedding(nn.Module):
 
         by_window = (window_index[:, None] / self.base) * frequencies  # (W, d / 2)
         by_frame = (frames[:, None] / self.base * (2 * math.pi)) * frequencies  # (A, d / 2)
-        by_window = by_window[:, None].expand(-1, audio_frames, -1)  # (W, A, d / 2)
-        by_frame = by_frame[None].expand(len(window_index), -1, -1)
+        by_window, by_frame = torch.broadcast_tensors(by_window[:, None], by_frame[None])
         by_place = torch.cat([by_window, by_frame], dim=-1)  # (W, A, d)
         return by_place * (-seconds * 2 * math.pi)[..., None]
 
@@ -614,8 +623,9 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
         feature_attention_mask: Tensor,
         window_index: Tensor | None = None,
     ) -> Tensor:
-        """Projected audio frames (sum of A, H): the real ones of all windows, in order."""
-        check_window_index(window_index, input_features, needed=self.rotary_time is not None)
+        """Projected audio frames (all real ones of all windows, text H), in order."""
+        if self.rotary_time is not None:
+            check_window_index(window_index, input_features)
         mel_frames = feature_attention_mask.sum(-1)  # (W,)
         _, audio_frames = frame_counts(mel_frames)
         real_frames = {}
@@ -704,8 +714,9 @@ class AudioFlamingo3ForConditionalGeneration(nn.Module):
 
         input_ids, attention_mask: (B, T), padded left or right. input_features (W, mel bins, mel
         frames), feature_attention_mask (W, mel frames): the windows of all rows, in order.
-        transformers calls the last one input_features_mask; either name will do. window_index
-        (W,): for Music Flamingo and Audio Flamingo Next, the place of each window in its recording.
+        transformers calls feature_attention_mask input_features_mask; either name will do.
+        window_index (W,): for Music Flamingo and Audio Flamingo Next, the place of each window in
+        its recording, 0 for the first.
         The loss is the mean cross-entropy of next tokens whose label is not -100, in float32.
         """
         attention_mask = check_attention_mask(attention_mask, input_ids)
@@ -868,8 +879,8 @@ def check_feature_mask(input_features, mask: Tensor | None, mask_by_other_name: 
     return mask
 
 
-def check_window_index(window_index: Tensor | None, input_features: Tensor, needed: bool) -> None:
-    if needed and (window_index is None or len(window_index) != len(input_features)):
+def check_window_index(window_index: Tensor | None, input_features: Tensor) -> None:
+    if window_index is None or len(window_index) != len(input_features):
         raise ValueError(
             "This model needs window_index, the place of each window in its recording; "
             "pass all that its processor gives."

@@ -127,11 +127,10 @@ def read_config(folder: Path, token_ids: dict[str, int]) -> dict:
 
 
 def read_rotary_time_config(config: dict, path: Path) -> dict | None:
-    """Music Flamingo's values at the top level of a config.json; None for Audio Flamingo 3.
+    """The top level of Music Flamingo's config.json; None for Audio Flamingo 3.
 
-    rope_parameters are there those of the rotary time embedding, not the decoder's. head_dim and
-    max_position_embeddings stand beside them, but count for nothing: transformers, too, computes
-    them anew.
+    Here, rope_parameters belong to the rotary time embedding, not to the decoder. head_dim and
+    max_position_embeddings are left out: transformers ignores them, too.
     """
     if not is_music_flamingo(config):
         return None
@@ -144,7 +143,7 @@ def read_rotary_time_config(config: dict, path: Path) -> dict | None:
 
 
 def is_music_flamingo(config: dict) -> bool:
-    """Whether it is Music Flamingo or Audio Flamingo Next, which have the same model_type."""
+    """Whether it is Music Flamingo 2601 or Audio Flamingo Next; both have this model_type."""
     return config.get("model_type") == "musicflamingo"
 
 
@@ -199,7 +198,7 @@ def read_named_ids(folder: Path, token_ids: dict[str, int]) -> dict[str, int]:
 def read_system_message(folder: Path, default: str) -> str:
     """What chat_template.jinja says first in a conversation without a system message of its own.
 
-    Nothing else in that file differs between checkpoints, so no template engine is needed.
+    Nothing else in the published files differs, so no template engine is needed.
     """
     path = folder / "chat_template.jinja"
     check_is_file(path)
@@ -208,8 +207,8 @@ def read_system_message(folder: Path, default: str) -> str:
     with errors_naming(path):
         template = path.read_text(encoding="utf-8")
     message = re.search(r"<\|im_start\|>system\n(.*?)<\|im_end\|>", template, re.DOTALL)
-    if message is None or re.search(r"\{[{%]", message[1]):
-        raise ValueError(f"{path}: no system message as plain text inside; download it again.")
+    if message is None or re.search(r"\{[{%]", message[1]):  # {{ and {% are Jinja's
+        raise ValueError(f"{path}: no system message as plain text inside; it is not supported.")
     return message[1]
 
 

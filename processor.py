@@ -330,7 +330,7 @@ class AudioFlamingo3Processor:
         return cls(tokenizer, max_audio_len, system_message, border_ids)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Copies its files to a checkpoint directory. Raises OSError or ValueError."""
+        """Copies the files that it was read from to a directory. Raises OSError or ValueError."""
         save_processor(self.tokenizer.folder, path)
 
     def __call__(
@@ -351,9 +351,10 @@ class AudioFlamingo3Processor:
         A prompt that starts with <|im_start|> is taken as a finished chat template.
 
         Returns input_ids and attention_mask (B, T) int64; with audio also input_features
-        (W, 128, 3000) float32 and feature_attention_mask (W, 3000) int64; with output_labels also
-        labels (B, T), which are -100 on audio and padding, and with output_labels="answer" on all
-        but what the assistant says, with its end. Raises ValueError.
+        (W, 128, 3000) float32 and feature_attention_mask (W, 3000) int64, and for Music Flamingo
+        window_index (W,) int64. With output_labels also labels (B, T): True: -100 on audio, its
+        borders and padding; "answer": -100 on all but the assistant's words and their end, for
+        which the prompt must be a finished template with an answer. Raises ValueError.
         """
         texts = [text] if isinstance(text, str) else list(text)
         if audio is None:
@@ -466,12 +467,13 @@ class AudioFlamingo3Processor:
         clean_up_tokenization_spaces: bool = False,
         strip_prefix: bool = False,
     ) -> str:
-        """The text of ids (T,). strip_prefix: of a transcription, only what was said.
+        """The text of ids (T,). strip_prefix: of a transcription, only what was said; the newer
+        models introduce none, and theirs comes back as it is.
 
         clean_up_tokenization_spaces is in the published examples; byte-level text has none.
         """
         text = self.tokenizer.decode(ids, skip_special_tokens)
-        if strip_prefix and self.border_ids is None:  # the newer models say no such thing
+        if strip_prefix and self.border_ids is None:
             text = strip_transcription_prefix(text)
         return text
 
@@ -583,12 +585,12 @@ class AudioFlamingo3Processor:
             is_padding = batch["attention_mask"] == 0
             left_out = is_audio | is_padding
             if output_labels == "answer":
-                answers = [self._is_answer(sequence) for sequence in sequences]
+                answers = [self._answer_mask(sequence) for sequence in sequences]
                 left_out |= ~pad_sequence(answers, padding_value=False, **padding)
             batch["labels"] = batch["input_ids"].masked_fill(left_out, -100)
         return batch
 
-    def _is_answer(self, ids: Tensor) -> Tensor:
+    def _answer_mask(self, ids: Tensor) -> Tensor:
         """(T,) bool: True where ids (T,) are an assistant's words, or the <|im_end|> after them."""
         header = self.tokenizer.encode("assistant\n")
         is_answer = torch.zeros(len(ids), dtype=torch.bool)
@@ -602,7 +604,7 @@ class AudioFlamingo3Processor:
             if self.tokenizer.decode(turn).startswith("assistant\n"):
                 first = start + 1 + len(header)
                 if turn[: len(header)] != header:
-                    first -= 1  # the answer begins with line ends: one token with the header's
+                    first -= 1  # the header's line end and the answer's first ones are one token
                 is_answer[first : end + 1] = True
         return is_answer
 

@@ -26,7 +26,6 @@ import random
 import statistics
 import sys
 import warnings
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -87,9 +86,7 @@ class Example:
     length: int  # in tokens, audio frames among them
 
 
-def read_examples(
-    path: str, processor: AudioFlamingo3Processor, max_tokens: int, progress: Callable = print
-) -> list[Example]:
+def read_examples(path: str, processor: AudioFlamingo3Processor, max_tokens: int) -> list[Example]:
     """The examples in a file of JSON lines or a JSON array. Every recording is read once.
 
     Raises ValueError, which names bad lines by their numbers; max_tokens is the model's limit.
@@ -97,13 +94,15 @@ def read_examples(
     examples = []
     faults = []
     entries = read_entries(path)
+    progress = terminal.Progress(len(entries), quiet=process_number() != 0)
     for number, (place, entry) in enumerate(entries, start=1):
         try:
             examples.append(read_example(entry, place, path, processor, max_tokens))
         except (ValueError, OSError, RuntimeError) as error:
             fault = terminal.describe_error(error)
             faults.append(fault if place in fault else f"{place}: {fault}")
-        progress(number, len(entries))
+        progress.show(number)
+    progress.clear()
     if faults:
         more = len(faults) - SHOWN_FAULTS
         shown = " ".join(faults[:SHOWN_FAULTS])
@@ -268,6 +267,7 @@ def finetune(
     Every `save_every` steps it prints a report and writes the state from which a run that was
     killed is resumed. A resumed run ends with the weights of one that was never killed.
     """
+    check_at_least_one("save_every", save_every)
     trained_on, held_out = hold_out(examples, settings)
     batch_size = settings.batch_size * num_processes()
     check_enough(trained_on, batch_size)
@@ -288,21 +288,18 @@ def finetune(
         part = plan[step][process_number() :: num_processes()]
         batch = make_batch(part, processor).to(model.device)
         loss = train_step(answer_loss, batch, optimizer, rate)
+        check_loss(loss, step + 1)
         report.add(step + 1, loss, rate)
         is_last = step + 1 == len(plan)
-        if (step + 1) % save_every == 0 and not is_last and process_number() == 0:
-            state.save(step + 1)
+        if process_number() == 0 and (is_last or (step + 1) % save_every == 0):
+            # The state comes after the adapter: a state that says "done" has one beside it.
             if not settings.full:
                 save_adapter(model, settings, output)
+            elif is_last:
+                model.to(dtype).save_pretrained(output)
+                processor.save_pretrained(output)
+            state.save(step + 1)
             report.show(model, processor, held_out, settings.batch_size)
-    if process_number() == 0:
-        state.save(len(plan))
-        report.show(model, processor, held_out, settings.batch_size)
-        if settings.full:
-            model.to(dtype).save_pretrained(output)
-            processor.save_pretrained(output)
-        else:
-            save_adapter(model, settings, output)
 
 
 def train_step(
@@ -498,8 +495,10 @@ def transformers_name(name: str) -> str:
 
 
 def check_settings(settings: Settings) -> None:
-    for name in ("rank", "alpha", "epochs", "batch_size", "learning_rate"):
-        if not getattr(settings, name) > 0:
+    for name in ("rank", "epochs", "batch_size"):
+        check_at_least_one(name, getattr(settings, name))
+    for name in ("alpha", "learning_rate"):
+        if not 0 < getattr(settings, name) < math.inf:
             raise ValueError(f"{name} is {getattr(settings, name)}; more than 0 is expected.")
     for name in ("held_out", "warmup"):
         if not 0 <= getattr(settings, name) < 1:
@@ -508,6 +507,16 @@ def check_settings(settings: Settings) -> None:
         if target not in (*DECODER_LINEARS, HEAD):
             known = ", ".join((*DECODER_LINEARS, HEAD))
             raise ValueError(f"targets: {target!r} is none of {known}.")
+
+
+def check_at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name} is {value}; at least 1 is expected.")
+
+
+def check_loss(loss: float, step: int) -> None:
+    if not math.isfinite(loss):
+        raise ValueError(f"The loss of step {step} is {loss}; lower --learning-rate.")
 
 
 def check_enough(examples: list[Example], batch_size: int) -> None:
@@ -591,7 +600,7 @@ def run(args: argparse.Namespace) -> None:
     if args.gradient_checkpointing:
         save_memory(model)
     limit = model.config.text_config.max_position_embeddings
-    examples = read_examples(args.lines, processor, limit, show_reading)
+    examples = read_examples(args.lines, processor, limit)
     finetune(model, processor, examples, args.output, settings, args.save_every, args.resume)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -605,11 +614,6 @@ def join_processes(device: str) -> str:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return device
-
-
-def show_reading(done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        terminal.write_status(f"reading {done} of {total}" if done < total else "")
 
 
 if __name__ == "__main__":

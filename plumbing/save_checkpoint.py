@@ -152,13 +152,20 @@ def new_config(model: nn.Module) -> dict:
     text_config["rope_parameters"] = {"rope_theta": rope_theta, "rope_type": "default"}
     text_config["tie_word_embeddings"] = False
     text_config["model_type"] = "qwen2"
-    return {
+    config = {
         "architectures": [type(model).__name__],
         "model_type": "audioflamingo3",
         "audio_config": audio_config,
         "text_config": text_config,
         "audio_token_id": model.config.audio_token_id,
     }
+    if model.config.rotary_time_config is not None:
+        rotary_time = asdict(model.config.rotary_time_config)
+        config["architectures"] = ["MusicFlamingoForConditionalGeneration"]
+        config["model_type"] = "musicflamingo"
+        config["audio_frame_step"] = rotary_time.pop("audio_frame_step")
+        config["rope_parameters"] = {"rope_type": "default", **rotary_time}
+    return config
 
 
 # ---- Checks ----

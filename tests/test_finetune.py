@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from adapters import SETTINGS, with_factors
 from af3 import AudioFlamingo3ForConditionalGeneration
@@ -59,13 +60,9 @@ def lines(tmp_path):
     return write_lines(tmp_path / "train.jsonl", entries)
 
 
-def silent(*_):
-    """Takes the place of a progress line."""
-
-
 @pytest.fixture
 def examples(lines, processor):
-    return read_examples(str(lines), processor, 4096, silent)
+    return read_examples(str(lines), processor, 4096)
 
 
 @pytest.fixture
@@ -175,7 +172,7 @@ def test_the_loss_is_that_of_the_answers_tokens(model, examples, processor):
 
 def test_gradient_checkpointing_gives_the_same_gradients(micro, examples, processor):
     gradients = []
-    for change in (silent, save_memory):
+    for change in (nn.Module.train, save_memory):  # the first changes nothing
         model = with_factors(micro)
         change(model)
         AnswerLoss(model)(make_batch(examples, processor)).backward()
@@ -186,7 +183,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(micro, examples, proces
 
 def test_with_gradient_checkpointing_less_is_kept_for_the_backward_pass(micro, examples, processor):
     kept = []
-    for change in (silent, save_memory):
+    for change in (nn.Module.train, save_memory):  # the first changes nothing
         model = with_factors(micro)
         change(model)
         sizes = []
@@ -403,7 +400,7 @@ def test_a_bad_line_is_named_by_its_number_before_training(lines, processor, lin
     first, *others = lines.read_text().splitlines()
     lines.write_text("\n".join([first, "", line, *others]))
     with pytest.raises(ValueError) as error:
-        read_examples(str(lines), processor, 4096, silent)
+        read_examples(str(lines), processor, 4096)
     assert reason in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -411,16 +408,16 @@ def test_a_bad_line_is_named_by_its_number_before_training(lines, processor, lin
 def test_of_many_bad_lines_the_first_five_are_named(tmp_path, processor):
     path = write_lines(tmp_path / "bad.jsonl", [{"audio": "gone.wav"}] * 8)
     with pytest.raises(ValueError) as error:
-        read_examples(str(path), processor, 4096, silent)
+        read_examples(str(path), processor, 4096)
     assert "line 5: " in str(error.value)
     assert "line 6: " not in str(error.value)
     assert str(error.value).endswith("And 3 more lines are wrong.")
 
 
 def test_a_line_longer_than_the_model_takes_is_named(lines, processor):
-    longest = read_examples(str(lines), processor, 4096, silent)[-1].length
+    longest = read_examples(str(lines), processor, 4096)[-1].length
     with pytest.raises(ValueError, match=f"line 6: .*more than the model's {longest - 1}"):
-        read_examples(str(lines), processor, longest - 1, silent)
+        read_examples(str(lines), processor, longest - 1)
 
 
 def test_the_length_of_an_example_is_that_of_its_ids(examples, processor):
@@ -431,7 +428,10 @@ def test_the_length_of_an_example_is_that_of_its_ids(examples, processor):
 @pytest.mark.parametrize(
     "options, reason",
     [
-        (["--rank", 0], "rank is 0; more than 0 is expected"),
+        (["--rank", 0], "rank is 0; at least 1 is expected"),
+        (["--learning-rate", -1], "learning_rate is -1.0; more than 0 is expected"),
+        (["--learning-rate", 1e30], "is nan; lower --learning-rate"),
+        (["--save-every", 0], "save_every is 0; at least 1 is expected"),
         (["--held-out", 1], "held_out is 1.0; 0 to less than 1 is expected"),
         (["--targets", "q_proj,fc1"], "'fc1' is none of q_proj"),
         (["--batch-size", 7], "6 examples to train on are fewer than a batch of 7"),
@@ -452,7 +452,7 @@ def test_choices_are_asked_as_they_are_when_the_model_answers(lines, processor):
         "choices": ["rain", "wind"],
         "answer": "(A) rain",
     }
-    example = read_examples(str(write_lines(lines, [entry])), processor, 4096, silent)[0]
+    example = read_examples(str(write_lines(lines, [entry])), processor, 4096)[0]
     text = processor.apply_chat_template(example.messages, tokenize=False)
     assert "<sound>Which?\n(A) rain\n(B) wind<|im_end|>" in text
 
@@ -471,7 +471,7 @@ def test_the_adapter_names_its_base_and_its_layers(train, micro, tmp_path):
 def test_a_recording_that_is_cut_is_warned_about_once(lines, processor, monkeypatch):
     monkeypatch.setattr(processor, "max_samples", 3200)
     with pytest.warns(UserWarning, match="only the first 0.2 s are heard") as warned:
-        examples = read_examples(str(lines), processor, 4096, silent)
+        examples = read_examples(str(lines), processor, 4096)
     assert len(warned) == 5  # the first recording is no longer than that
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -332,3 +332,17 @@ def test_no_allocation_grows_with_the_square_of_the_windows(music_model, music_p
         music_model.prefill(batch["input_ids"], mask, *audio_inputs(batch))
     largest = max(event.self_cpu_memory_usage for event in profile.events())  # bytes
     assert largest < 15000 * 15000
+
+
+def test_a_saved_model_is_read_again_with_its_rotary_time(music_model, music_flamingo, tmp_path):
+    folder = tmp_path / "saved"
+    source_config = music_model.source_config
+    music_model.source_config = {}  # as of a model that was never read from the hub layout
+    music_model.save_pretrained(folder)
+    music_model.source_config = source_config
+    AudioFlamingo3Processor.from_pretrained(music_flamingo).save_pretrained(folder)
+    saved = from_pretrained(folder, "cpu")
+    processor = AudioFlamingo3Processor.from_pretrained(folder)
+    assert saved.config == music_model.config
+    batch = processor("Hi", sound(500000))
+    assert torch.equal(saved(**batch).logits, music_model(**batch).logits)
