@@ -52,6 +52,7 @@ def make_batch(model: AudioFlamingo3ForConditionalGeneration) -> Batch:
     batch = Batch(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), labels=labels)
     batch["input_features"] = features
     batch["feature_attention_mask"] = mask
+    batch["window_index"] = torch.zeros(1, dtype=torch.long)  # Audio Flamingo 3 needs none
     return batch.to(model.device)
 
 
