@@ -305,7 +305,8 @@ def answer_one(args: argparse.Namespace, recording: str, prompt: str, options: d
     timer = terminal.StepTimer()
     with terminal.memory_hint(SHORTER_HINT):
         steps = timer.watch(model.stream(**inputs.to(model.device), **options))
-        steps, steps_again = tee(steps)
+        steps = terminal.wait_for_first(steps, "reading the recording and the prompt", args.quiet)
+        steps, steps_again = tee(steps)  # the ids are needed again for their times
         terminal.print_as_it_comes(processor.stream_text(steps))
         if args.timestamps:
             from extras.alignment import align, print_words
@@ -366,7 +367,8 @@ def answer_many(args: argparse.Namespace, recordings: list, prompt: str, options
         earlier = f" (and {before} before)" if before else ""
         seconds = progress.seconds()
         summary = f"answered {answered} of {len(jobs)}{earlier} in {seconds:.1f} s"
-        print(summary if jobs else "nothing left to answer", file=sys.stderr)
+        nothing = "nothing left to answer; for other options choose another file"
+        print(summary if jobs else nothing, file=sys.stderr)
     return 0 if answered == len(jobs) else 1
 
 

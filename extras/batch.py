@@ -61,7 +61,9 @@ def read_jobs(
     """
     jobs = []
     if prompts_file:
-        for place, entry in read_entries(prompts_file):
+        entries = read_entries(prompts_file)
+        check_fields(fields or {}, entries, prompts_file)
+        for place, entry in entries:
             jobs.append(new_job(entry, prompt, OWN_FIELDS | (fields or {}), place, prompts_file))
     seen = set()
     for name in names:
@@ -71,6 +73,13 @@ def read_jobs(
             seen.add(os.path.realpath(file))
             jobs.append(Job({"audio": file, "prompt": prompt}, [file], prompt, file))
     return jobs
+
+
+def check_fields(fields: dict[str, str], entries: list, prompts_file: str) -> None:
+    """Refuses a name that is in no entry: its field would seem to be absent everywhere."""
+    for name in fields.values():
+        if not any(isinstance(entry, dict) and name in entry for _, entry in entries):
+            raise ValueError(f'{prompts_file}: no entry has the field "{name}" of --fields.')
 
 
 def read_entries(path: str) -> list[tuple[str, object]]:
@@ -142,7 +151,9 @@ def new_job(entry, prompt: str, fields: dict[str, str], place: str, prompts_file
         raise ValueError(f'{place}: "{prompt_field}" is {value}; text is expected.')
     for outcome in OUTCOMES:
         if outcome in entry:
-            raise ValueError(f'{place}: it has "{outcome}", the name of what is written.')
+            raise ValueError(
+                f'{place}: it has "{outcome}", the name of what is written; rename or remove it.'
+            )
     choices = entry.get("choices", [])
     if not isinstance(choices, list) or not all(
         choice and isinstance(choice, str) for choice in choices
@@ -185,7 +196,9 @@ def files_in(name: str) -> list[str]:
     files = []
     for path in Path(name).rglob("*"):
         hidden = any(part.startswith(".") for part in path.relative_to(name).parts)
-        if not hidden and path.suffix.lower() in AUDIO_SUFFIXES and path.is_file():
+        is_broken_link = path.is_symlink() and not path.exists()  # gets its line with an error
+        is_file = path.is_file() or is_broken_link
+        if not hidden and path.suffix.lower() in AUDIO_SUFFIXES and is_file:
             files.append(str(path))
     if not files:
         raise ValueError(f"{name}: no sound files inside.")
@@ -430,10 +443,9 @@ def open_output(path: str, jobs: list[Job]) -> TextIO:
     """
     path = os.path.realpath(path)  # a link stays one
     keys = {job_key(job) for job in jobs}
-    lines = []
-    if os.path.exists(path):
-        check_is_file(Path(path))
-        lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
+    check_is_file(Path(path))
+    file = open_alone(path)
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
     kept = []
     for number, line in enumerate(lines, start=1):
         entry = parse_line(line)
@@ -445,7 +457,22 @@ def open_output(path: str, jobs: list[Job]) -> TextIO:
             kept.append(line + "\n")
     if "".join(kept) != "\n".join(lines):
         replace_content(path, kept)
-    return open(path, "a", encoding="utf-8")
+        file.close()
+        file = open_alone(path)
+    return file
+
+
+def open_alone(path: str) -> TextIO:
+    """The file, opened to append to it. Raises ValueError while another run has it open so."""
+    file = open(path, "a", encoding="utf-8")
+    with suppress(ImportError):  # not on Windows
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{path}: another run is writing it; wait until it ends.") from None
+    return file
 
 
 def replace_content(path: str, lines: list[str]) -> None:

@@ -219,6 +219,8 @@ class TerminalChat:
             raise
         except Abandoned as stop:
             print(stop, file=sys.stderr)
+            if self.audios:
+                print("What was added waits for a question; /reset forgets it.", file=sys.stderr)
         except (ValueError, OSError, RuntimeError, MemoryError) as error:
             terminal.print_error(error)
 
@@ -234,8 +236,9 @@ class TerminalChat:
             tokens += self.processor.count_audio_frames(audio)
         if tokens + self.max_new_tokens() > cache.capacity:
             raise ValueError(
-                f"{name}: no room for it beside the {cache.length} tokens of the conversation and "
-                f"{self.max_new_tokens()} of an answer; /reset makes room."
+                f"{name}: no room for it beside the {cache.length} tokens of the conversation, "
+                f"{len(self.audios)} recordings that wait for a question, and "
+                f"{self.max_new_tokens()} tokens of an answer; /reset makes room."
             )
         self.audios.append(waveform)
         seconds = len(waveform) / SAMPLE_RATE

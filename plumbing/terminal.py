@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain, islice
 from typing import NoReturn
 
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C has ended
@@ -161,6 +162,14 @@ def show_waiting(text: str, quiet: bool = False) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
+
+
+def wait_for_first(steps: Iterable, text: str, quiet: bool) -> Iterator:
+    """The same steps; while the first is awaited, a line says so, as in `show_waiting`."""
+    steps = iter(steps)
+    with show_waiting(text, quiet):
+        first = list(islice(steps, 1))
+    return chain(first, steps)
 
 
 def write_status(line: str) -> None:

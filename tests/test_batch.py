@@ -12,7 +12,7 @@ import torch
 
 import generate
 from af3 import AudioFlamingo3Encoder, AudioFlamingo3ForConditionalGeneration
-from extras.batch import answer_jobs, read_jobs
+from extras.batch import answer_jobs, open_output, read_jobs
 from processor import AudioFlamingo3Processor
 from programs import PROGRAM, Terminal, start_generate
 from signals import sound, write_wav
@@ -566,6 +566,29 @@ def test_files_beside_the_output_are_left_alone_and_a_link_stays_one(run_lines, 
     assert store.read_text().count("response") == 1
     assert beside.read_text() == "mine"
     assert len(list(tmp_path.glob("*store*"))) == 2
+
+
+def test_two_runs_do_not_write_one_output(run, clip, tmp_path):
+    output = tmp_path / "out.jsonl"
+    with open_output(str(output), []):
+        status, _, err = run(clip, "Hi", *ONE_TOKEN, "--output", output)
+    assert (status, "another run is writing it" in err) == (2, True)
+    assert run(clip, "Hi", *ONE_TOKEN, "--output", output)[0] == 0
+
+
+def test_a_name_of_fields_that_no_entry_has_is_refused(run, clip, tmp_path):
+    questions = write_lines(tmp_path / "q.jsonl", [{"file": clip, "question": "What?"}])
+    status, _, err = run("--prompts", questions, "--fields", "audio=file,prompt=questoin")
+    assert (status, 'no entry has the field "questoin"' in err) == (2, True)
+
+
+def test_a_broken_link_in_a_folder_gets_its_line(run, clip, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "broken.wav").symlink_to(tmp_path / "nowhere.wav")
+    status, out, _ = run(folder, "Hi", *ONE_TOKEN)
+    assert status == 1
+    assert "no such file" in parse_lines(out)[0]["error"]
 
 
 def test_a_file_that_is_not_utf_8_is_refused_by_line(run, clip, tmp_path):

@@ -44,8 +44,10 @@ def generate(args: argparse.Namespace, *arguments, **options) -> tuple[float, st
     command += ["--max-new-tokens", args.max_new_tokens, *arguments]
     start = time.perf_counter()
     result = subprocess.run(
-        [str(word) for word in command], capture_output=True, text=True, check=True, **options
+        [str(word) for word in command], capture_output=True, text=True, **options
     )
+    if result.returncode != 0:
+        raise ValueError(f"generate.py: {result.stderr.strip()}")
     return time.perf_counter() - start, result.stderr
 
 
@@ -85,6 +87,8 @@ def main() -> None:
     parser.add_argument("--model", default=str(ROOT / "tiny"))
     parser.add_argument("--max-new-tokens", type=int, default=64)
     args = parser.parse_args()
+    if args.clips < 1:
+        parser.error("--clips of 1 or more is expected")
     recordings = []
     if args.folder:
         recordings = sorted(args.folder.rglob("*.wav"))
