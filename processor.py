@@ -318,7 +318,7 @@ class AudioFlamingo3Processor:
             path = folder / "preprocessor_config.json"
             check_feature_extractor(read_json(path), path)
         tokenizer = Tokenizer(tokenizer_folder(folder))
-        system_message = read_system_message(tokenizer_folder(folder), SYSTEM_MESSAGE)
+        system_message = read_system_message(folder, SYSTEM_MESSAGE)
         border_ids = None
         longest = 600
         if is_music_flamingo(read_json(folder / "config.json")):

@@ -257,6 +257,13 @@ def test_without_a_template_the_system_message_is_the_usual_one(changeable):
     assert text.startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n")
 
 
+def test_a_system_message_may_stand_in_a_string_of_the_template(changeable):
+    template = "{{- '<|im_start|>system\\nBe brief.<|im_end|>\\n' }}"
+    (changeable / "chat_template.jinja").write_text(template)
+    processor = AudioFlamingo3Processor.from_pretrained(changeable)
+    assert processor.system_message == "Be brief."
+
+
 @pytest.mark.parametrize("template", ["", "<|im_start|>system\n{{ message }}<|im_end|>\n"])
 def test_a_template_without_a_system_message_is_refused(changeable, template):
     (changeable / "chat_template.jinja").write_text(template)
