@@ -206,7 +206,7 @@ def read_system_message(folder: Path, default: str) -> str:
         return default
     with errors_naming(path):
         template = path.read_text(encoding="utf-8")
-    # Inside a string of Jinja's, the line end is written as \\n.
+    # Inside a string of the template, the line end is written as a backslash and an n.
     message = re.search(r"<\|im_start\|>system(?:\n|\\n)(.*?)<\|im_end\|>", template, re.DOTALL)
     if message is None or re.search(r"\{[{%]", message[1]):  # {{ and {% are Jinja's
         raise ValueError(f"{path}: no system message as plain text inside; it is not supported.")
