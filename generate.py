@@ -32,6 +32,7 @@ from af3 import (
     choose_dtype,
 )
 from plumbing.audio_file import AUDIO_SUFFIXES, check_is_no_url, stdin_as_file
+from plumbing.terminal import refuse
 from plumbing.words import STDIN, split_words
 from processor import AudioFlamingo3Processor, check_plain_prompt
 
@@ -126,14 +127,6 @@ def join_page_name(words: list[str]) -> list[str]:
     if following.lower().endswith(".html"):
         return [*words[:place], f"--explain={following}", *words[place + 2 :]]
     return [*words[:place], "--explain=", *words[place + 1 :]]
-
-
-def refuse(message: str) -> None:
-    """Replaces argparse's usage message of several lines."""
-    for word in message.split():
-        if word.startswith("-") and os.path.exists(word):
-            raise ValueError(f"{word}: write ./{word}, because names with - are options.")
-    raise ValueError(f"{message}; see --help")
 
 
 def main() -> int:

@@ -56,6 +56,14 @@ def print_error(error: Exception) -> None:
         print(f"error: {describe_error(error)}", file=sys.stderr)
 
 
+def refuse(message: str) -> None:
+    """Takes the place of argparse's `error`, whose message has several lines."""
+    for word in message.split():
+        if word.startswith("-") and os.path.exists(word):
+            raise ValueError(f"{word}: write ./{word}, because names with - are options.")
+    raise ValueError(f"{message}; see --help")
+
+
 def describe_error(error: Exception) -> str:
     """The error in one line, without Python's "[Errno 13]"."""
     reason = getattr(error, "strerror", None)
