@@ -537,19 +537,26 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.error = terminal.refuse
     add = parser.add_argument
     add("lines", metavar="train.jsonl", help='JSON lines with "audio", "prompt" and "answer"')
     add("--model", required=True, help="a directory or cached hub name")
     add("--output", required=True, metavar="DIR", help="where the adapter, or all, is written")
     add("--resume", action="store_true", help="go on with the run in DIR that was interrupted")
     add("--device", default="auto", help="cpu, cuda or mps (default: the best available)")
-    add("--rank", type=int, default=Settings.rank, help="of the factors (default: %(default)s)")
-    add("--alpha", type=float, default=Settings.alpha, help="scale x rank (default: %(default)s)")
-    targets_help = "the decoder's layers that get factors (default: %(default)s)"
-    add("--targets", default=",".join(DECODER_LINEARS), help=targets_help)
-    add("--projector", action="store_true", help="the projector gets factors too")
-    add("--full", action="store_true", help="train all weights, in float32, instead of factors")
-    add("--epochs", type=int, default=Settings.epochs, help="(default: %(default)s)")
+    rank_help = "the rank of the factors (default: %(default)s)"
+    add("--rank", type=int, default=Settings.rank, metavar="N", help=rank_help)
+    alpha_help = "scale times rank (default: %(default)s)"
+    add("--alpha", type=float, default=Settings.alpha, metavar="A", help=alpha_help)
+    targets_help = """the linear layers of the decoder that get factors, such as q_proj,v_proj;
+    lm_head may be one (default: all but lm_head)"""
+    every_target = ",".join(DECODER_LINEARS)
+    add("--targets", default=every_target, metavar="NAMES", help=targets_help)
+    add("--projector", action="store_true", help="the projector's layers get factors too")
+    full_help = "train all weights, in float32; the four options before this have no effect then"
+    add("--full", action="store_true", help=full_help)
+    epochs_help = "how often each example is trained on (default: %(default)s)"
+    add("--epochs", type=int, default=Settings.epochs, metavar="N", help=epochs_help)
     batch_help = "examples in a step, on each process (default: %(default)s)"
     add("--batch-size", type=int, default=Settings.batch_size, metavar="N", help=batch_help)
     rate_help = "the highest (default: %(default)s)"
@@ -562,7 +569,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--save-every", type=int, default=100, metavar="N", help=every_help)
     checkpointing_help = "compute layers again for their gradients: less memory, a third slower"
     add("--gradient-checkpointing", action="store_true", help=checkpointing_help)
-    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    seed_help = "of the order of examples and the first factors (default: %(default)s)"
+    add("--seed", type=int, default=Settings.seed, metavar="N", help=seed_help)
     return parser
 
 
@@ -570,9 +578,8 @@ def main() -> int:
     """The exit status: 0, or 2 for bad input or too little memory, with one line `error: ...`."""
     terminal.prepare_streams()
     terminal.exit_on_interrupt(end_line=False)
-    args = make_parser().parse_args()
     try:
-        run(args)
+        run(make_parser().parse_args())
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         terminal.print_error(error)
         return 2
@@ -601,7 +608,8 @@ def run(args: argparse.Namespace) -> None:
         save_memory(model)
     limit = model.config.text_config.max_position_embeddings
     examples = read_examples(args.lines, processor, limit)
-    finetune(model, processor, examples, args.output, settings, args.save_every, args.resume)
+    with terminal.memory_hint("use --gradient-checkpointing or a smaller --batch-size"):
+        finetune(model, processor, examples, args.output, settings, args.save_every, args.resume)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -239,11 +239,12 @@ def main() -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.error = terminal.refuse
     parser.add_argument("lines", metavar="answers.jsonl", help="- is standard input")
     parser.add_argument("--by", metavar="FIELD", help="also for each value of this field")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    args = parser.parse_args()
     try:
+        args = parser.parse_args()
         figures = score_file(args.lines, args.by)
     except (ValueError, OSError) as error:
         terminal.print_error(error)

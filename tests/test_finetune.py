@@ -428,6 +428,7 @@ def test_the_length_of_an_example_is_that_of_its_ids(examples, processor):
 @pytest.mark.parametrize(
     "options, reason",
     [
+        (["--rank", "x"], "argument --rank: invalid int value: 'x'; see --help"),
         (["--rank", 0], "rank is 0; at least 1 is expected"),
         (["--learning-rate", -1], "learning_rate is -1.0; more than 0 is expected"),
         (["--learning-rate", 1e30], "is nan; lower --learning-rate"),
