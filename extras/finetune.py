@@ -232,21 +232,26 @@ def save_memory(model: AudioFlamingo3ForConditionalGeneration) -> None:
 class AnswerLoss(nn.Module):
     """The cross-entropy of the answers in a batch, summed over their tokens.
 
-    A module of its own, because DistributedDataParallel wants one. The logits are computed where
-    an answer's token is predicted only: (N, V). All of them, (B, T, V), would take gigabytes.
+    The logits are computed where an answer's token is predicted only: (N, V). All of them,
+    (B, T, V), would take gigabytes.
+    A module of its own, because DistributedDataParallel wants one. Its parameters are those that
+    are trained. The model is in a tuple, where nn.Module does not look for more of them: else
+    every process would be sent all frozen weights.
     """
 
-    def __init__(self, model: AudioFlamingo3ForConditionalGeneration):
+    def __init__(self, model: AudioFlamingo3ForConditionalGeneration, trained=()):
         super().__init__()
-        self.model = model
+        self.models = (model,)
+        self.trained = nn.ParameterList(trained)
 
     def forward(self, batch: Batch) -> Tensor:
+        (model,) = self.models
         inputs = {**batch}
         labels = inputs.pop("labels")[:, 1:]  # (B, T - 1): the next token of each
         inputs["attention_mask"] = inputs["attention_mask"].bool()
         is_answer = labels != -100
-        x = self.model.prefill(**inputs)[:, :-1]  # (B, T - 1, H)
-        logits = self.model.language_model.lm_head(x[is_answer])  # (N, V)
+        x = model.prefill(**inputs)[:, :-1]  # (B, T - 1, H)
+        logits = model.language_model.lm_head(x[is_answer])  # (N, V)
         return F.cross_entropy(logits.float(), labels[is_answer], reduction="sum")
 
 
@@ -275,9 +280,9 @@ def finetune(
     dtype = model.dtype
     trained = make_trainable(model, settings)
     optimizer = torch.optim.AdamW(trained.values(), weight_decay=0.0)
-    answer_loss = AnswerLoss(model)
-    if num_processes() > 1:  # every process has made the same factors
-        answer_loss = DistributedDataParallel(answer_loss, init_sync=False)
+    answer_loss = AnswerLoss(model, trained.values())
+    if num_processes() > 1:
+        answer_loss = DistributedDataParallel(answer_loss)
 
     identity = {**asdict(settings), "batch_size": batch_size, "examples": digest(examples)}
     state = State(Path(output), identity, trained, optimizer)
