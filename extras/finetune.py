@@ -164,11 +164,10 @@ def plan_batches(
 
 
 def make_batch(examples: list[Example], processor: AudioFlamingo3Processor) -> Batch:
+    chats = [example.messages for example in examples]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `read_examples` has shown what is odd about a recording
-        return processor.apply_chat_template(
-            [example.messages for example in examples], output_labels="answer"
-        )
+        return processor.apply_chat_template(chats, output_labels="answer")
 
 
 # ---- What is trained ----
@@ -357,7 +356,10 @@ class Report:
         self.line = ""
         self.progress = terminal.Progress(steps, quiet=process_number() != 0)
         if process_number() == 0:
-            print(f"{num_examples} examples, {num_held_out} held out; {steps} steps", flush=True)
+            line = f"{num_examples} examples, {num_held_out} held out; {steps} steps"
+            if first_step > 0:
+                line += f", {first_step} of them done"
+            print(line, flush=True)
 
     def add(self, step: int, loss: float, rate: float) -> None:
         self.losses.append(loss)
@@ -376,8 +378,7 @@ class Report:
         batch_size: int,
     ) -> None:
         self.progress.clear()
-        if self.line:
-            print(self.line, flush=True)
+        print(self.line, flush=True)
         self.losses = []
         if not held_out:
             return
@@ -402,8 +403,10 @@ def held_out_loss(model, processor, examples: list[Example], batch_size: int) ->
 
 def answer(model, processor, example: Example) -> str:
     question = example.messages[:1]
-    batch = processor.apply_chat_template(question, add_generation_prompt=True).to(model.device)
-    ids = model.generate(**batch, max_new_tokens=64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        batch = processor.apply_chat_template(question, add_generation_prompt=True)
+    ids = model.generate(**batch.to(model.device), max_new_tokens=64)
     return processor.decode(ids[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
@@ -421,8 +424,13 @@ class State:
         self.optimizer = optimizer
 
     def start(self) -> int:
-        if self.path.exists():
-            raise ValueError(f"{self.output}: holds a run already; --resume goes on with it.")
+        """The first step of a new run. Refuses to replace what another has written."""
+        for name in (STATE_FILE, "adapter_model.safetensors", "config.json"):
+            if (self.output / name).exists():
+                raise ValueError(
+                    f"{self.output}: {name} is there already; --resume goes on with a run, "
+                    "or choose another directory."
+                )
         return 0
 
     def save(self, step: int) -> None:

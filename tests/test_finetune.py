@@ -278,10 +278,12 @@ def test_full_training_saves_a_checkpoint_in_its_own_dtype(micro, processor, tmp
 # ---- Interruptions ----
 
 
+@pytest.mark.parametrize("options", [["--rank", 8], ["--full"]])
 def test_a_run_interrupted_between_two_saves_ends_with_the_same_weights(
-    train, tmp_path, monkeypatch
+    train, tmp_path, monkeypatch, options
 ):
-    train(tmp_path / "whole", "--save-every", 2)
+    options = ["--save-every", 2, *options]
+    train(tmp_path / "whole", *options)
     plain_step = finetuning.train_step
     steps = []
 
@@ -293,12 +295,13 @@ def test_a_run_interrupted_between_two_saves_ends_with_the_same_weights(
 
     monkeypatch.setattr(finetuning, "train_step", train_step)
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "resumed", "--save-every", 2)
+        train(tmp_path / "resumed", *options)
     monkeypatch.setattr(finetuning, "train_step", plain_step)
-    status, out, _ = train(tmp_path / "resumed", "--save-every", 2, "--resume")
-    assert status == 0
-    assert "step 6 of 6" in out
-    assert_same_factors(tmp_path / "resumed", tmp_path / "whole")
+    _, out, _ = train(tmp_path / "resumed", *options, "--resume")
+    assert "6 steps, 2 of them done\nstep 4 of 6" in out
+    weights = torch.load(tmp_path / "resumed" / STATE_FILE)["weights"]
+    for name, tensor in torch.load(tmp_path / "whole" / STATE_FILE)["weights"].items():
+        assert torch.equal(weights[name], tensor), name
 
 
 def test_a_killed_process_is_resumed_to_the_same_weights(train, lines, micro, tmp_path):
@@ -332,8 +335,8 @@ def test_a_run_that_was_killed_before_it_saved_is_begun_by_resume(train, tmp_pat
 def test_a_run_that_has_ended_stays_as_it_is(train, tmp_path):
     train(tmp_path / "adapter")
     before = factors(tmp_path / "adapter")
-    status, out, _ = train(tmp_path / "adapter", "--resume")
-    assert status == 0
+    _, out, _ = train(tmp_path / "adapter", "--resume")
+    assert out == "6 examples, 0 held out; 6 steps, 6 of them done\n"
     for name, tensor in factors(tmp_path / "adapter").items():
         assert torch.equal(tensor, before[name])
 
@@ -342,7 +345,16 @@ def test_a_directory_with_a_run_is_only_gone_on_with(train, tmp_path):
     train(tmp_path / "adapter")
     status, _, err = train(tmp_path / "adapter")
     assert (status, err.count("\n")) == (2, 1)
-    assert "adapter: holds a run already; --resume goes on with it" in err
+    assert "training_state.pt is there already; --resume goes on with a run" in err
+
+
+def test_what_another_program_has_written_is_not_replaced(train, micro, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_text("precious")
+    _, _, err = train(tmp_path / "adapter")
+    assert "adapter_model.safetensors is there already" in err
+    _, _, err = train(micro, "--full")
+    assert "config.json is there already" in err
 
 
 def test_other_settings_or_lines_are_not_gone_on_with(train, lines, tmp_path):
