@@ -8,10 +8,9 @@ Each line of train.jsonl is such as {"audio": "a.wav", "prompt": "Who speaks?", 
 The loss is the cross-entropy of the answer's tokens and of the end of the turn. Nothing else is
 learnt: a model that also learns to predict its prompts forgets what it was asked for.
 
-LoRA (Hu et al. 2021) leaves a weight W (out, in) as it is and learns what to add to it, as the
-product of two thin matrices: W + scale * B @ A, with A (rank, in) and B (out, rank). DIR then
-holds an adapter as `peft` saves it: for `generate.py --adapter DIR` here, and for transformers.
-With --full everything is trained, and DIR holds a whole checkpoint.
+By LoRA the weights stay as they are, and two thin matrices beside each are trained (lora.py).
+DIR then holds an adapter as `peft` saves it: for `generate.py --adapter DIR` here, and for
+transformers. With --full everything is trained, and DIR holds a whole checkpoint.
 
 From Python: `finetune(model, processor, examples, "DIR", Settings(epochs=1))`.
 Letters in shapes: B rows of a batch, T tokens, H hidden size, N tokens of all answers.
@@ -33,23 +32,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from af3 import AudioFlamingo3ForConditionalGeneration, check_length
 from extras.batch import OWN_FIELDS, load_one, new_job, read_entries, with_choices
-from load_weights import TRANSFORMERS_5_NAMES
+from extras.lora import DECODER_LINEARS, HEAD, add_factors, choose_layers, save_adapter
 from plumbing import terminal
-from plumbing.save_checkpoint import new_files, write_json
+from plumbing.save_checkpoint import new_files
 from processor import AudioFlamingo3Processor, Batch
 
-DECODER_LINEARS = (
-    *("q_proj", "k_proj", "v_proj", "o_proj"),  # attention
-    *("gate_proj", "up_proj", "down_proj"),  # feed-forward
-)
-HEAD = "lm_head"  # a target too, for answers in words that the model has hardly ever said
 STATE_FILE = "training_state.pt"
 SHOWN_FAULTS = 5  # bad lines that an error names; of more it says how many
 SHOWN_ANSWERS = 4  # held-out answers that a report prints
@@ -173,24 +166,6 @@ def make_batch(examples: list[Example], processor: AudioFlamingo3Processor) -> B
 # ---- What is trained ----
 
 
-class LoraLinear(nn.Module):
-    """A linear layer that stays as it is, and the two factors of what is added to its weight."""
-
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float):
-        super().__init__()
-        self.linear = linear
-        self.scale = alpha / rank
-        # In float32 whatever the weight's dtype: a step of training is too small for bfloat16.
-        like = {"dtype": torch.float32, "device": linear.weight.device}
-        self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, **like))
-        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, **like))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as in a new nn.Linear
-
-    def forward(self, x: Tensor) -> Tensor:
-        added = F.linear(F.linear(x.float(), self.lora_A), self.lora_B)  # (..., out)
-        return self.linear(x) + (self.scale * added).to(x.dtype)
-
-
 def make_trainable(
     model: AudioFlamingo3ForConditionalGeneration, settings: Settings
 ) -> dict[str, nn.Parameter]:
@@ -199,24 +174,10 @@ def make_trainable(
     if settings.full:
         model.float().requires_grad_(True)
     else:
-        for name in lora_layers(model, settings):
-            parent, _, child = name.rpartition(".")
-            lora = LoraLinear(model.get_submodule(name), settings.rank, settings.alpha)
-            setattr(model.get_submodule(parent), child, lora)
+        for name in choose_layers(model, settings.targets, settings.projector):
+            add_factors(model, name, settings.rank, settings.alpha)
     parameters = model.named_parameters()
     return {name: parameter for name, parameter in parameters if parameter.requires_grad}
-
-
-def lora_layers(model: nn.Module, settings: Settings) -> list[str]:
-    """The names of the linear layers that get factors."""
-    names = []
-    for name, module in model.named_modules():
-        in_decoder = name.startswith("language_model.")
-        in_projector = name.startswith("multi_modal_projector.")
-        is_target = in_decoder and name.rpartition(".")[2] in settings.targets
-        if is_target or (in_projector and settings.projector):
-            names.append(name)
-    return names
 
 
 def save_memory(model: AudioFlamingo3ForConditionalGeneration) -> None:
@@ -298,7 +259,7 @@ def finetune(
         if process_number() == 0 and (is_last or (step + 1) % save_every == 0):
             # The state comes after the adapter: a state that says "done" has one beside it.
             if not settings.full:
-                save_adapter(model, settings, output)
+                save_adapter(model, output, settings.model)
             elif is_last:
                 model.to(dtype).save_pretrained(output)
                 processor.save_pretrained(output)
@@ -468,40 +429,6 @@ def digest(examples: list[Example]) -> str:
     """Tells one training set from another."""
     content = json.dumps([example.messages for example in examples])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
-
-
-def save_adapter(model: nn.Module, settings: Settings, output: str | Path) -> None:
-    """Writes the factors as peft does for transformers' model."""
-    layers = []
-    tensors = {}
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLinear):
-            layer = transformers_name(name)
-            layers.append(layer)
-            tensors[f"base_model.model.{layer}.lora_A.weight"] = module.lora_A.detach().cpu()
-            tensors[f"base_model.model.{layer}.lora_B.weight"] = module.lora_B.detach().cpu()
-    config = {
-        "peft_type": "LORA",
-        "base_model_name_or_path": settings.model,
-        "r": settings.rank,
-        "lora_alpha": settings.alpha,
-        "target_modules": layers,
-        "bias": "none",
-        "inference_mode": True,
-    }
-    with new_files(output) as folder:
-        write_json(folder / "adapter_config.json", config)
-        save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-
-
-def transformers_name(name: str) -> str:
-    """A module's name in transformers' model, which is not that in its checkpoint."""
-    name = f"{name}."
-    for theirs, ours in TRANSFORMERS_5_NAMES.items():
-        if name.startswith(ours):
-            name = theirs + name.removeprefix(ours)
-            break
-    return name.removesuffix(".")
 
 
 # ---- Checks ----

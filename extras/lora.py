@@ -1,16 +1,21 @@
-"""LoRA adapters (Hu et al. 2021), merged into a loaded model: AF-Think, or one of finetune.py.
+"""LoRA adapters (Hu et al. 2021): layers to train them, and their files, as `peft` writes them.
 
-An adapter adds to a weight W (out, in) the product of two thin matrices, which were trained
-instead of W: W + scale * B @ A, with A (rank, in) and B (out, rank).
+An adapter leaves a weight W (out, in) as it is and learns what to add to it, as the product of
+two thin matrices: W + scale * B @ A, with A (rank, in), B (out, rank) and scale = alpha / rank.
+finetune.py trains adapters; AF-Think is one of NVIDIA's. To use one, it is merged: then the
+model is as fast as without it.
 """
 
+import math
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from load_weights import (
+    TRANSFORMERS_5_NAMES,
     check_is_file,
     check_is_there,
     errors_naming,
@@ -18,8 +23,97 @@ from load_weights import (
     model_name,
     read_json,
 )
+from plumbing.save_checkpoint import new_files, write_json
+
+DECODER_LINEARS = (
+    *("q_proj", "k_proj", "v_proj", "o_proj"),  # attention
+    *("gate_proj", "up_proj", "down_proj"),  # feed-forward
+)
+HEAD = "lm_head"  # for answers in words that the model has hardly ever said
 
 OTHERS = "non_lora_trainables.bin"  # what was trained as a whole, beside the factors
+
+
+# ---- Layers to train ----
+
+
+class LoraLinear(nn.Module):
+    """A linear layer that stays as it is, and the two factors of what is added to its weight."""
+
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float):
+        super().__init__()
+        self.linear = linear
+        self.rank = rank
+        self.alpha = alpha
+        # In float32 whatever the weight's dtype: a step of training is too small for bfloat16.
+        like = {"dtype": torch.float32, "device": linear.weight.device}
+        self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, **like))
+        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, **like))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as in a new nn.Linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        added = F.linear(F.linear(x.float(), self.lora_A), self.lora_B)  # (..., out)
+        added = added * (self.alpha / self.rank)
+        return self.linear(x) + added.to(x.dtype)
+
+
+def choose_layers(model: nn.Module, targets: tuple[str, ...], projector: bool) -> list[str]:
+    """The names of the decoder's linear layers that are called as `targets` are: q_proj, ...
+
+    With those of the projector, if that is wanted.
+    """
+    names = []
+    for name, module in model.named_modules():
+        in_decoder = name.startswith("language_model.")
+        in_projector = name.startswith("multi_modal_projector.")
+        is_target = in_decoder and name.rpartition(".")[2] in targets
+        if is_target or (in_projector and projector):
+            names.append(name)
+    return names
+
+
+def add_factors(model: nn.Module, name: str, rank: int, alpha: float) -> None:
+    """Puts a `LoraLinear` in the place of the linear layer of this name."""
+    parent, _, child = name.rpartition(".")
+    lora = LoraLinear(model.get_submodule(name), rank, alpha)
+    setattr(model.get_submodule(parent), child, lora)
+
+
+# ---- Writing an adapter ----
+
+
+def save_adapter(model: nn.Module, output: str | Path, base_model: str | None = None) -> None:
+    """Writes the factors of a model, as peft does for transformers' model.
+
+    base_model: the name of the checkpoint that they belong to.
+    """
+    layers = []
+    tensors = {}
+    config = {"peft_type": "LORA", "base_model_name_or_path": base_model, "bias": "none"}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLinear):
+            layer = transformers_name(name)
+            layers.append(layer)
+            tensors[f"base_model.model.{layer}.lora_A.weight"] = module.lora_A.detach().cpu()
+            tensors[f"base_model.model.{layer}.lora_B.weight"] = module.lora_B.detach().cpu()
+            config |= {"r": module.rank, "lora_alpha": module.alpha}
+    config |= {"target_modules": layers, "inference_mode": True}
+    with new_files(output) as folder:
+        write_json(folder / "adapter_config.json", config)
+        save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+
+
+def transformers_name(name: str) -> str:
+    """A module's name in transformers' model, which is not that in its checkpoint."""
+    name = f"{name}."
+    for theirs, ours in TRANSFORMERS_5_NAMES.items():
+        if name.startswith(ours):
+            name = theirs + name.removeprefix(ours)
+            break
+    return name.removesuffix(".")
+
+
+# ---- Reading and merging one ----
 
 
 def find_think_adapter(path: str | Path) -> Path:

@@ -5,15 +5,19 @@ from pathlib import Path
 import torch
 
 from af3 import AudioFlamingo3ForConditionalGeneration
-from extras.finetune import DECODER_LINEARS, Settings, make_trainable
+from extras.lora import DECODER_LINEARS, HEAD, LoraLinear, add_factors, choose_layers
 
-SETTINGS = Settings(rank=2, alpha=6.0, targets=(*DECODER_LINEARS, "lm_head"), projector=True)
+TARGETS = (*DECODER_LINEARS, HEAD)
 
 
 def with_factors(checkpoint: Path) -> AudioFlamingo3ForConditionalGeneration:
-    """The model with its factors still apart."""
+    """The model with its factors still apart, of rank 2 and scale 3, in all layers."""
     model = AudioFlamingo3ForConditionalGeneration.from_pretrained(checkpoint, "cpu")
-    for number, parameter in enumerate(make_trainable(model, SETTINGS).values()):
-        values = torch.arange(parameter.numel()) * 0.7 + number
-        parameter.data = 0.2 * torch.sin(values).view(parameter.shape)
+    for name in choose_layers(model, TARGETS, projector=True):
+        add_factors(model, name, rank=2, alpha=6.0)
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLinear)]
+    for number, layer in enumerate(layers):
+        for factor in (layer.lora_A, layer.lora_B):
+            values = torch.arange(factor.numel()) * 0.7 + number
+            factor.data = 0.2 * torch.sin(values).view(factor.shape)
     return model

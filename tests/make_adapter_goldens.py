@@ -24,10 +24,10 @@ from transformers import AutoProcessor
 TESTS = Path(__file__).resolve().parent
 TINY = TESTS.parent / "tiny"
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
-from adapters import SETTINGS, with_factors
+from adapters import with_factors
 from af3 import AudioFlamingo3ForConditionalGeneration
 from checkpoints import write_original
-from extras.finetune import save_adapter
+from extras.lora import save_adapter
 from make_goldens import make_batch
 from processor import AudioFlamingo3Processor
 
@@ -43,7 +43,7 @@ def copy_micro(folder: Path) -> Path:
 
 
 def adapter_goldens(checkpoint: Path, folder: Path) -> dict[str, np.ndarray]:
-    save_adapter(with_factors(checkpoint), SETTINGS, folder)
+    save_adapter(with_factors(checkpoint), folder)
     oracle = Oracle.from_pretrained(checkpoint, dtype=torch.float32)
     model = PeftModel.from_pretrained(oracle, folder).eval()
     batch = make_batch(AutoProcessor.from_pretrained(checkpoint), [80000])

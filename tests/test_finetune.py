@@ -1,7 +1,4 @@
-"""Fine-tuning: only the answers are learnt, an interruption leaves no trace, peft reads the result.
-
-adapter_goldens.npz is what peft and transformers give; make_adapter_goldens.py wrote it.
-"""
+"""Fine-tuning: only the answers are learnt, and an interruption leaves no trace."""
 
 import json
 import signal
@@ -9,34 +6,29 @@ import subprocess
 import sys
 import warnings
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from adapters import SETTINGS, with_factors
+from adapters import with_factors
 from af3 import AudioFlamingo3ForConditionalGeneration
 from checkpoints import read_json
-from conftest import ROOT, TESTS
+from conftest import ROOT
 from extras import finetune as finetuning
 from extras.finetune import (
     STATE_FILE,
     AnswerLoss,
-    LoraLinear,
     Settings,
     finetune,
     hold_out,
     learning_rate,
     make_batch,
-    make_trainable,
     plan_batches,
     read_examples,
-    save_adapter,
     save_memory,
 )
-from extras.lora import merge_adapter
-from signals import conversation, sound, write_wav
+from signals import sound, write_wav
 
 ANSWERS = ["rain", "sea waves", "clock tick", "rooster", "dog bark", "helicopter"]
 
@@ -91,73 +83,6 @@ def assert_same_factors(folder, other):
     assert set(factors(folder)) == set(expected)
     for name, tensor in factors(folder).items():
         assert torch.equal(tensor, expected[name]), name
-
-
-# ---- LoRA, and peft ----
-
-
-@pytest.fixture(scope="module")
-def of_peft():
-    return np.load(TESTS / "adapter_goldens.npz")
-
-
-@pytest.fixture
-def question(processor):
-    return processor.apply_chat_template(conversation(sound(80000)), add_generation_prompt=True)
-
-
-def test_factors_that_are_apart_give_the_logits_of_peft(micro, question, of_peft):
-    logits = with_factors(micro)(**question).logits[0, ::29]
-    expected = torch.from_numpy(of_peft["logits"])
-    plain = load(micro)(**question).logits[0, ::29]
-    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
-    assert (expected - plain).abs().max() > 0.5
-
-
-def test_a_saved_adapter_gives_the_logits_of_peft_once_it_is_merged(
-    micro, tmp_path, question, of_peft
-):
-    save_adapter(with_factors(micro), SETTINGS, tmp_path)
-    logits = merge_adapter(load(micro), tmp_path)(**question).logits[0, ::29]
-    expected = torch.from_numpy(of_peft["logits"])
-    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
-
-
-def test_tensors_are_saved_under_the_names_of_peft(micro, tmp_path, of_peft):
-    save_adapter(with_factors(micro), SETTINGS, tmp_path)
-    assert sorted(factors(tmp_path)) == list(of_peft["names"])
-
-
-def test_new_factors_change_nothing(model, micro, question):
-    with_new_factors = load(micro)
-    make_trainable(with_new_factors, SETTINGS)
-    expected = model(**question).logits
-    assert torch.equal(with_new_factors(**question).logits, expected)
-
-
-def test_factors_are_in_float32_over_weights_in_the_checkpoints_dtype(micro):
-    model = load(micro, "bfloat16")
-    trained = make_trainable(model, Settings())
-    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    assert {parameter.dtype for parameter in trained.values()} == {torch.float32}
-    assert {parameter.dtype for parameter in frozen} == {torch.bfloat16}
-    assert model.language_model.model.layers[0].mlp.up_proj(torch.ones(2, 48).bfloat16()).isfinite
-
-
-@pytest.mark.parametrize(
-    "settings, count",
-    [
-        (Settings(), 14),  # 7 in each of two layers
-        (Settings(targets=("q_proj", "lm_head")), 3),
-        (Settings(targets=("q_proj",), projector=True), 4),
-    ],
-)
-def test_only_the_targets_in_decoder_and_projector_get_factors(micro, settings, count):
-    model = load(micro)
-    make_trainable(model, settings)
-    names = [name for name, layer in model.named_modules() if isinstance(layer, LoraLinear)]
-    assert len(names) == count
-    assert not any(name.startswith("audio_tower") for name in names)
 
 
 # ---- Loss ----

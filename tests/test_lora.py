@@ -1,16 +1,28 @@
-"""Adapters: merged weights give the logits of peft's own merge, in every spelling of the names."""
+"""Adapters: merged weights give the logits of peft's own merge, in every spelling of the names.
+
+And what is saved here, peft loads: adapter_goldens.npz is what make_adapter_goldens.py saw it give.
+"""
 
 import os
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from adapters import TARGETS, with_factors
 from af3 import AudioFlamingo3ForConditionalGeneration
 from checkpoints import change_json, write_original
 from conftest import TESTS
-from extras.lora import find_think_adapter, merge_adapter
+from extras.lora import (
+    DECODER_LINEARS,
+    add_factors,
+    choose_layers,
+    find_think_adapter,
+    merge_adapter,
+    save_adapter,
+)
 from extras.quantize import quantize
 from signals import conversation, sound
 
@@ -176,6 +188,68 @@ def test_the_original_layout_has_its_adapter_in_stage35(checkpoint, micro, tmp_p
     shutil.copytree(checkpoint / "think", tmp_path / "af3" / "stage35")
     rename(tmp_path / "af3" / "stage35", original_name)
     assert_same_tensors(load_merged(tmp_path / "af3"), load_merged(checkpoint))
+
+
+# ---- Factors that are apart, and saved ----
+
+
+@pytest.fixture(scope="module")
+def of_peft():
+    return np.load(TESTS / "adapter_goldens.npz")
+
+
+def test_factors_that_are_apart_give_the_logits_of_peft(micro, batch, of_peft):
+    logits = with_factors(micro)(**batch).logits[0, ::29]
+    expected = torch.from_numpy(of_peft["logits"])
+    plain = load(micro)(**batch).logits[0, ::29]
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    assert (expected - plain).abs().max() > 0.5
+
+
+def test_a_saved_adapter_gives_the_logits_of_peft_once_it_is_merged(
+    micro, tmp_path, batch, of_peft
+):
+    save_adapter(with_factors(micro), tmp_path)
+    logits = merge_adapter(load(micro), tmp_path)(**batch).logits[0, ::29]
+    expected = torch.from_numpy(of_peft["logits"])
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+def test_tensors_are_saved_under_the_names_of_peft(micro, tmp_path, of_peft):
+    save_adapter(with_factors(micro), tmp_path)
+    assert sorted(load_file(tmp_path / FACTORS)) == list(of_peft["names"])
+
+
+def test_new_factors_change_nothing(model, micro, batch):
+    with_new_factors = load(micro)
+    for name in choose_layers(with_new_factors, TARGETS, projector=True):
+        add_factors(with_new_factors, name, rank=2, alpha=6)
+    assert torch.equal(with_new_factors(**batch).logits, model(**batch).logits)
+
+
+def test_factors_are_in_float32_over_a_weight_in_the_checkpoints_dtype(micro):
+    model = load(micro).bfloat16()
+    add_factors(model, "language_model.lm_head", rank=2, alpha=6)
+    layer = model.language_model.lm_head
+    layer.lora_B.data.fill_(1)
+    assert (layer.lora_A.dtype, layer.linear.weight.dtype) == (torch.float32, torch.bfloat16)
+    assert layer(torch.ones(3, 48).bfloat16()).dtype == torch.bfloat16
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained == ["language_model.lm_head.lora_A", "language_model.lm_head.lora_B"]
+
+
+@pytest.mark.parametrize(
+    "targets, projector, count",
+    [
+        (DECODER_LINEARS, False, 14),  # 7 in each of two layers
+        (("q_proj", "lm_head"), False, 3),
+        (("q_proj",), True, 4),
+    ],
+)
+def test_only_layers_of_decoder_and_projector_are_chosen(model, targets, projector, count):
+    names = choose_layers(model, targets, projector)
+    assert len(names) == count
+    assert not any(name.startswith("audio_tower") for name in names)
 
 
 # ---- Faults ----

@@ -21,7 +21,7 @@ USES = {
     "batch": {"alignment"},
     "explain": {"alignment", "stages"},
     "explain_page": {"alignment", "stages"},
-    "finetune": {"batch"},
+    "finetune": {"batch", "lora"},
     "score": {"batch"},
 }
 PACKAGES = {"torch", "numpy", "safetensors", "tiktoken"}

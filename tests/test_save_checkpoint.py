@@ -1,6 +1,6 @@
 """save_pretrained writes what from_pretrained reads, and whenever it is killed, nothing by halves.
 
-That transformers reads it to the same text is shown by `python tests/exact_trained.py`.
+That transformers reads it to the same text is asserted by make_adapter_goldens.py, which needs it.
 """
 
 import os
