@@ -370,7 +370,8 @@ def parse_fields(text: str | None) -> dict[str, str]:
     names = {}
     for pair in (text or "").split(","):
         own, _, name = pair.partition("=")
-        if pair and (own not in ("audio", "prompt") or not name):
+        is_second = own in names or name in names.values()
+        if pair and (own not in ("audio", "prompt") or not name or is_second):
             refuse(f"--fields is {text!r}; audio=NAME,prompt=NAME is expected")
         if pair:
             names[own] = name

@@ -31,6 +31,8 @@ from processor import SAMPLE_RATE, AudioFlamingo3Processor, mel_edges
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 
+MADE_BY = b"<!-- Made by extras/explain_page.py"  # stands at the beginning of every page
+
 # What a minute of sound in 3 MB leaves room for, besides 2.6 MB of recording.
 PICTURE_COLUMNS = 1000  # of the log-mel, at most
 ATTENTION_COLUMNS = 500  # of each word's attention, at most
@@ -76,6 +78,8 @@ def check_page_name(path: str | Path) -> None:
         raise ValueError(f"{path}: the name of a page ends in .html.")
     if not path.parent.is_dir():
         raise ValueError(f"{path}: there is no folder {path.parent}; make it first.")
+    if path.exists() and MADE_BY not in path.read_bytes()[:4000]:
+        raise ValueError(f"{path}: a file that is no page of this program's; choose another name.")
 
 
 def fill_template(title: str, contents: dict, recording: bytes, picture: bytes) -> str:

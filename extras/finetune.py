@@ -463,7 +463,7 @@ def check_enough(examples: list[Example], batch_size: int) -> None:
     if len(examples) < batch_size:
         raise ValueError(
             f"{len(examples)} examples to train on are fewer than a batch of {batch_size}; "
-            "lower --batch-size."
+            "lower --batch-size, set --held-out 0 or add lines."
         )
 
 

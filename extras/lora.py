@@ -141,6 +141,8 @@ def merge_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such directory; an adapter is expected.")
     config_path = folder / "adapter_config.json"
+    if not config_path.exists():
+        raise FileNotFoundError(f"{folder}: no adapter_config.json inside; an adapter is expected.")
     config = read_json(config_path)
     check_adapter_config(config, config_path)
     tensors = read_adapter(folder)

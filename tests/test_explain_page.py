@@ -13,7 +13,7 @@ import torch
 from af3 import AudioFlamingo3ForConditionalGeneration
 from browser import Browser, find_browser
 from conftest import TINY
-from extras.explain_page import png, sha256, wav, write_page
+from extras.explain_page import TEMPLATE, check_page_name, png, sha256, wav, write_page
 from plumbing.audio_file import load_audio
 from processor import AudioFlamingo3Processor
 from signals import sound
@@ -267,3 +267,12 @@ def test_an_empty_answer_has_a_page_too(browser, tiny, tmp_path, monkeypatch):
     browser.open(path)
     assert browser.evaluate("find('chosen').textContent") == "The model said nothing."
     assert browser.complaints() == []
+
+
+def test_a_file_that_is_no_page_is_not_overwritten(tmp_path):
+    path = tmp_path / "notes.html"
+    path.write_text("mine")
+    with pytest.raises(ValueError, match="notes.html: a file that is no page of this program's"):
+        check_page_name(path)
+    path.write_text(TEMPLATE.read_text(encoding="utf-8"))
+    check_page_name(path)
