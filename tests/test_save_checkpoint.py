@@ -4,6 +4,8 @@ That transformers reads it to the same text is asserted by make_adapter_goldens.
 """
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from safetensors.torch import load_file
 
 from af3 import AudioFlamingo3ForConditionalGeneration
 from checkpoints import read_json, write_original, write_sharded
-from conftest import TINY
+from conftest import ROOT, TINY
 from extras.quantize import quantize
 from plumbing.save_checkpoint import save_model
 from processor import AudioFlamingo3Processor
@@ -121,6 +123,31 @@ def test_a_model_can_be_saved_where_its_own_memory_maps_are(spoilt, model):
     loaded.save_pretrained(spoilt)
     assert_same_tensors(loaded, model)
     assert_same_tensors(load(spoilt), model)
+
+
+MEASURE = """
+import resource
+import sys
+import torch
+from af3 import AudioFlamingo3ForConditionalGeneration
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+model = AudioFlamingo3ForConditionalGeneration.from_pretrained(sys.argv[1], "cpu")
+head = model.language_model.lm_head
+head.weight = torch.nn.Parameter(torch.ones(len(head.weight), 100_000))  # 259 MB
+before = peak()
+model.save_pretrained(sys.argv[2])
+print((peak() - before) / head.weight.nbytes)
+"""
+
+
+def test_memory_holds_no_second_copy_of_the_weights(micro, tmp_path):
+    command = [sys.executable, "-c", MEASURE, str(micro), str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert float(result.stdout) < 0.5
+    assert (tmp_path / "model.safetensors").stat().st_size > 250e6
 
 
 # ---- Interruptions ----
