@@ -169,7 +169,9 @@ def test_a_word_is_chosen_by_keyboard_and_its_part_lights_up_and_plays(browser, 
     assert browser.evaluate("find('chosen').textContent").startswith("“three” looked at 0.92 to")
     candidates = browser.evaluate("find('candidates').innerText")
     assert candidates.split()[:2] == ["␣three", "99.8%"]
-    assert browser.evaluate("window.at_play") == pytest.approx([0.92, 1.32], abs=0.01)
+    at_play, stop_at = browser.evaluate("window.at_play")
+    assert 0.92 <= at_play < 1.32  # on a busy machine, the event comes a little later
+    assert stop_at == pytest.approx(1.32)
     assert browser.evaluate("window.at_pause")[0] >= 1.32
     assert browser.complaints() == []
 
