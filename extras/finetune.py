@@ -551,6 +551,7 @@ def run(args: argparse.Namespace) -> None:
     with terminal.memory_hint("use --gradient-checkpointing or a smaller --batch-size"):
         finetune(model, processor, examples, args.output, settings, args.save_every, args.resume)
     if dist.is_initialized():
+        dist.barrier()  # the first process still writes when the others are done
         dist.destroy_process_group()
 
 
@@ -565,4 +566,6 @@ def join_processes(device: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    os._exit(status)  # sys.exit sometimes aborts in the threads that gloo has left
