@@ -62,8 +62,8 @@ def load_audio(
 def one_thread() -> Iterator[None]:
     """Inside, PyTorch computes on one thread.
 
-    Two gain a sixth in resampling where the machine is idle. Beside two busy programs they wait for
-    each other: ten minutes at 44.1 kHz take 4 to 13 s on two threads, and 2 s on one.
+    Two gain a sixth in resampling where the machine is idle. Beside two busy programs they wait
+    for each other: ten minutes at 44.1 kHz take 4 to 13 s on two threads, and 2 s on one.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -159,12 +159,13 @@ def read_wav(
         return None
     check_rate(header.rate, path)
     parts = WavParts(file, header, max_seconds)
-    # All parts are read first: resampling would keep ffmpeg waiting, and perhaps from its processor.
+    # All parts are read first: resampling in between would keep ffmpeg waiting.
     resampled = resample_parts(list(parts), header.rate, sampling_rate)
     waveform = torch.cat([*resampled, torch.zeros(0)])
     if parts.is_cut_off():
         warnings.warn(
-            f"{path}: cut off: only {parts.seconds_read():.1f} s of {header.seconds():.1f} s are there."
+            f"{path}: cut off: only {parts.seconds_read():.1f} s of {header.seconds():.1f} s "
+            "are there."
         )
     if max_seconds is not None and parts.seconds_read() > max_seconds:
         seconds = header.seconds() if header.size_is_known() else duration_by_ffmpeg(path)
