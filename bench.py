@@ -1,7 +1,7 @@
 """Times this project, beside transformers where that is installed, and prints a Markdown table.
 
     python bench.py tiny                                   the embedded checkpoint, 5 s of audio
-    python bench.py CHECKPOINT --int8 --seconds 5 30       its own dtype, then int8
+    python bench.py CHECKPOINT --int8 --int4 --seconds 5 30    its own dtype, then int8, then int4
     python bench.py CHECKPOINT --seconds 30 120 300 600 --tokens 4 --rounds 3
     pip install transformers==5.23.0 librosa     for its figures: ours : theirs = ratio
 
@@ -30,7 +30,8 @@ import torch
 import torch.nn.functional as F
 
 from af3 import AudioFlamingo3ForConditionalGeneration, choose_device
-from extras.quantize import Int8Linear, quantize
+from extras.float32_products import use_float32_products
+from extras.quantize import LAYERS, quantize
 from plumbing.terminal import exit_with
 from processor import SAMPLE_RATE, AudioFlamingo3Processor
 from tests.signals import conversation, sound
@@ -178,24 +179,30 @@ class Baseline:
         self.products = []
         self.num_bytes = 0
         for module in model.language_model.modules():
-            if isinstance(module, (torch.nn.Linear, Int8Linear)):
-                width = module.weight.shape[1]
-                x = torch.randn(1, width, dtype=model.dtype, device=model.device)
+            if isinstance(module, (torch.nn.Linear, *LAYERS.values())):
+                x = torch.randn(1, module.in_features, dtype=model.dtype, device=model.device)
                 self.products.append((module, x))
-                self.num_bytes += module.weight.nbytes
+                self.num_bytes += weight_bytes(module)
 
     def run(self) -> None:
         for module, x in self.products:
-            if isinstance(module, Int8Linear):
-                module(x)
-            else:
+            if isinstance(module, torch.nn.Linear):
                 F.linear(x, module.weight)
+            else:
+                module(x)
 
     def seconds(self, times: int) -> float:
         start = now(self.device)
         for _ in range(times):
             self.run()
         return (now(self.device) - start) / times
+
+
+def weight_bytes(module: torch.nn.Module) -> int:
+    """Of a linear layer, or of a quantised one with its scales; the bias is left out."""
+    if isinstance(module, torch.nn.Linear):
+        return module.weight.nbytes
+    return sum(buffer.nbytes for buffer in module.buffers())
 
 
 def peak_memory(device: torch.device) -> float:
@@ -205,25 +212,27 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def load_model(args: argparse.Namespace, int8: bool) -> AudioFlamingo3ForConditionalGeneration:
+def load_model(
+    args: argparse.Namespace, bits: int | None
+) -> AudioFlamingo3ForConditionalGeneration:
     load = AudioFlamingo3ForConditionalGeneration.from_pretrained
-    if not int8:
-        return load(args.checkpoint, args.device, args.dtype)
-    model = quantize(load(args.checkpoint, "cpu", args.dtype))
-    return model.to(choose_device(args.device))
+    model = load(args.checkpoint, "cpu", args.dtype)
+    if bits is not None:
+        quantize(model, bits)
+    return use_float32_products(model.to(choose_device(args.device)))
 
 
 @torch.inference_mode()
-def measure(args: argparse.Namespace, int8: bool) -> tuple[list[str], torch.Tensor]:
+def measure(args: argparse.Namespace, bits: int | None) -> tuple[list[str], torch.Tensor]:
     """A row of the table for each length of audio, and the logits at the end of a prompt."""
-    model = load_model(args, int8)
+    model = load_model(args, bits)
     ours = Ours(model, args.checkpoint)
     peaks = []
     for seconds in args.seconds:  # this also warms up
         time_side(ours, make_waveform(seconds), args.tokens)
         peaks.append(peak_memory(model.device))
     sides = [ours]
-    if not args.alone and not int8:
+    if not args.alone and bits is None:
         try:
             sides.append(Theirs(model, args.checkpoint))
         except ImportError:
@@ -239,7 +248,7 @@ def measure(args: argparse.Namespace, int8: bool) -> tuple[list[str], torch.Tens
             for number, side in enumerate(sides):
                 times[number].append(time_side(side, waveform, args.tokens))
             baseline_times.append(baseline.seconds(args.tokens - 1))
-        cells = [args.checkpoint, decoder_name(model, int8), f"{seconds:g} s"]
+        cells = [args.checkpoint, decoder_name(model, bits), f"{seconds:g} s"]
         cells += timing_cells(times)
         each = statistics.median(round_times["each token"] for round_times in times[0])
         cells.append(bandwidth_cell(baseline.num_bytes, each, statistics.median(baseline_times)))
@@ -263,9 +272,9 @@ def last_logits(ours: Ours, waveform: np.ndarray) -> torch.Tensor:
 # ---- The table ----
 
 
-def decoder_name(model: AudioFlamingo3ForConditionalGeneration, int8: bool) -> str:
-    if int8:
-        return "int8"
+def decoder_name(model: AudioFlamingo3ForConditionalGeneration, bits: int | None) -> str:
+    if bits is not None:
+        return f"int{bits}"
     return str(model.dtype).removeprefix("torch.")
 
 
@@ -311,6 +320,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--int8", action="store_true", help="again with the decoder in int8")
+    parser.add_argument("--int4", action="store_true", help="again with the decoder in int4")
     parser.add_argument("--alone", action="store_true", help="without transformers")
     args = parser.parse_args()
     if args.tokens < 2 or args.rounds < 1:
@@ -324,17 +334,18 @@ def main() -> None:
     args = parse_arguments()
     print("| " + " | ".join(COLUMNS) + " |")
     print("|---" * len(COLUMNS) + "|", flush=True)
-    logits = []
-    for int8 in [False, True] if args.int8 else [False]:
-        # A process of its own for each, so that the peaks are apart.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(max_workers=1, mp_context=context) as process:
-            rows, last = process.submit(measure, args, int8).result()
-        print("\n".join(rows), flush=True)
-        logits.append(last)
-    if args.int8:
-        error = (logits[1] - logits[0]).norm() / logits[0].norm()
-        print("\nDistance of the int8 logits at the last 16 positions of the prompt,")
+    logits = {}
+    for bits, is_wanted in {None: True, 8: args.int8, 4: args.int4}.items():
+        if is_wanted:
+            # A process of its own for each, so that the peaks are apart.
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(max_workers=1, mp_context=context) as process:
+                rows, logits[bits] = process.submit(measure, args, bits).result()
+            print("\n".join(rows), flush=True)
+    expected = logits.pop(None)
+    for bits, last in logits.items():
+        error = (last - expected).norm() / expected.norm()
+        print(f"\nDistance of the int{bits} logits at the last 16 positions of the prompt,")
         print(f"norm of the difference over norm: {error:.2%}")
 
 

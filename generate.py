@@ -31,6 +31,7 @@ from af3 import (
     choose_device,
     choose_dtype,
 )
+from load_weights import is_quantized
 from plumbing.audio_file import AUDIO_SUFFIXES, check_is_no_url, stdin_as_file
 from plumbing.terminal import refuse
 from plumbing.words import STDIN, split_words
@@ -70,6 +71,8 @@ def add_model_options(add: Callable) -> None:
     add("--dtype", default="auto", help="float32, bfloat16 or float16 (default: the checkpoint's)")
     int8_help = "hold the decoder in int8: half the memory and, for a large model, faster on a CPU"
     add("--int8", action="store_true", help=int8_help)
+    int4_help = "hold the decoder in int4: a third of the memory, faster again, less exact"
+    add("--int4", action="store_true", help=int4_help)
     think_help = """merge the AF-Think adapter in the model's directory; end the prompt with:
     Please think and reason about the input audio before you respond."""
     add("--think", action="store_true", help=think_help)
@@ -100,6 +103,9 @@ def add_modes(add: Callable) -> None:
     prompts_help = """read JSON lines, or an array, with "audio", "prompt", perhaps "choices", and
     any other fields, which are kept; - is standard input"""
     add("--prompts", metavar="FILE", help=prompts_help)
+    save_help = """write the model, as these options change it, to DIR, which --model takes; with
+    --int4, it is then loaded in seconds"""
+    add("--save", metavar="DIR", help=save_help)
 
 
 def add_options_for_many(add: Callable) -> None:
@@ -153,6 +159,9 @@ def run(args: argparse.Namespace) -> int:
         check_is_no_url(word)
     may_be_prompt = bool(args.prompts or args.chat)
     recordings, prompt = split_words(args.words, AUDIO_SUFFIXES, may_be_prompt)
+    if args.save is not None:
+        save(args)
+        return 0
     if not (recordings or args.chat or args.prompts):
         refuse("the following arguments are required: audio")
     if prompt is None and not args.chat:
@@ -192,13 +201,19 @@ def wants_json_lines(args: argparse.Namespace, recordings: list[str]) -> bool:
 
 def check_combination(args: argparse.Namespace) -> None:
     """Refuses options that would have no effect."""
-    for name in ("model", "prompts", "output", "resume", "fields"):
+    for name in ("model", "prompts", "save", "output", "resume", "fields"):
         if getattr(args, name) == "":
             refuse(f"--{name} is empty")
     needs = {"fields": "--prompts", "choose": "--prompts"}
-    if args.chat or args.explain is not None:
+    if args.chat or args.save or args.explain is not None:
         needs |= dict.fromkeys(["batch_size", "output", "resume"], "JSON lines")
-        needs["timestamps"] = "answers without --chat and --explain"
+        needs["timestamps"] = "answers without --chat, --explain and --save"
+    if args.save and args.words:
+        refuse("--save answers nothing; a recording or prompt has no effect")
+    if args.save and is_same_file(args.save, args.model):
+        refuse("--save is the directory of --model; choose another")
+    if args.int8 and args.int4:
+        refuse("--int8 and --int4 exclude each other")
     for name, needed in needs.items():
         if getattr(args, name) not in (None, False) and not args.prompts:
             refuse(f"--{name.replace('_', '-')} is only for {needed}")
@@ -237,9 +252,13 @@ def check_no_sampling_options(args: argparse.Namespace) -> None:
 
 def load_model(args: argparse.Namespace) -> AudioFlamingo3ForConditionalGeneration:
     """The model, with the adapter merged and the decoder quantised where that was asked for."""
-    hint = "use a smaller --dtype" if args.int8 else "use --int8, or a smaller --dtype"
+    hint = "use a smaller --dtype" if args.int4 else "use --int4 or --int8, or a smaller --dtype"
     with terminal.memory_hint(hint):
         model = load_changed_model(args)
+    if model.device.type == "cpu" and model.dtype == torch.bfloat16:
+        from extras.float32_products import use_float32_products
+
+        use_float32_products(model)  # only on a CPU without bfloat16 arithmetic
     use_one_thread_if_small(model)
     return model
 
@@ -256,7 +275,16 @@ def use_one_thread_if_small(model: AudioFlamingo3ForConditionalGeneration) -> No
 
 def load_changed_model(args: argparse.Namespace) -> AudioFlamingo3ForConditionalGeneration:
     choose_dtype(args.dtype, torch.float32)  # refuses an unknown one before the model is loaded
-    if not (args.think or args.adapter or args.int8):
+    is_changed = args.think or args.adapter or args.int8 or args.int4
+    if is_quantized(args.model):
+        from extras.quantize import load_quantized
+
+        if is_changed:
+            refuse(
+                f"{args.model} is quantised; --int8, --int4, --think and --adapter change others"
+            )
+        return load_quantized(args.model, args.device, args.dtype)
+    if not is_changed:
         return AudioFlamingo3ForConditionalGeneration.from_pretrained(
             args.model, args.device, args.dtype
         )
@@ -270,11 +298,26 @@ def load_changed_model(args: argparse.Namespace) -> AudioFlamingo3ForConditional
         for folder in args.adapter or []:
             merge_adapter(model, folder)
     model.to(choose_dtype(args.dtype, model.dtype))
-    if args.int8:
+    if args.int8 or args.int4:
         from extras.quantize import quantize
 
-        quantize(model)
+        quantize(model, bits=4 if args.int4 else 8)
     return model.to(choose_device(args.device))
+
+
+def save(args: argparse.Namespace) -> None:
+    """Writes a checkpoint of the model as the options change it."""
+    processor = AudioFlamingo3Processor.from_pretrained(args.model)
+    model = load_model(args)
+    processor.save_pretrained(args.save)
+    if args.int8 or args.int4 or is_quantized(args.model):
+        from extras.quantize import save_quantized
+
+        save_quantized(model, args.save)
+    else:
+        model.save_pretrained(args.save)
+    if not args.quiet:
+        print(f"{args.save}: give it as --model", file=sys.stderr)
 
 
 def read_recording(

@@ -158,6 +158,11 @@ def with_one_spelling(section: dict, path: Path) -> dict:
     return renamed
 
 
+def is_quantized(name: str | Path) -> bool:
+    """Whether a checkpoint's weights are; extras/quantize.py reads those that it has written."""
+    return "quantization_config" in read_json(find_checkpoint(name) / "config.json")
+
+
 def read_generation_config(folder: Path, token_ids: dict[str, int]) -> dict:
     """The options in generation_config.json; ids of the end and of padding that it does not
     give are the tokenizer's."""

@@ -1,68 +1,150 @@
-"""int8 weights: the decoder's linear layers in half the bytes of bfloat16.
+"""The decoder's weights in int8 or int4: half of the bytes of bfloat16, or less than a third.
 
-Decoding reads every weight for every token, so half the bytes are half the time where the model is
-large. The encoder stays as it is: it reads its weights once for a whole window.
+    model = quantize(AudioFlamingo3ForConditionalGeneration.from_pretrained(path, "cpu"), bits=4)
+    save_quantized(model, "smaller")
+    model = load_quantized("smaller")
+
+Decoding reads every weight for every token, so fewer bytes are less time where the model is large.
+The encoder stays as it is: it reads its weights once for a whole window.
 """
 
+from pathlib import Path
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-CHUNK = 1 << 21  # weights that are converted at a time: a few MB, which stay in the CPU's cache
+from af3 import AudioFlamingo3Config, AudioFlamingo3ForConditionalGeneration
+from extras.float32_products import chunk_rows, count_tokens, multiply_in_chunks
+from extras.int4 import BLOCK, GROUP, Int4Linear, operator_block_rows
+from load_weights import find_checkpoint, read_json
+from plumbing.save_checkpoint import hub_config, write_checkpoint
 
 
 class Int8Linear(nn.Module):
     """A linear layer whose weight (out, in) is int8, with one scale for each output row."""
 
+    most_tokens = 8  # for which PyTorch's int8 operator is the faster way
+
     def __init__(self, linear: nn.Linear):
+        """Empty, of the size of a linear layer, whose bias it shares; `fill` gives it values."""
         super().__init__()
         self.register_buffer("weight", torch.empty_like(linear.weight, dtype=torch.int8))
         self.register_buffer("scale", torch.empty_like(linear.weight[:, 0]))
         self.bias = linear.bias
-        self.chunk_rows = 1 + CHUNK // linear.in_features
+        self.in_features = linear.in_features
+        self.chunk_rows = chunk_rows(linear.in_features)
+
+    def fill(self, weight: Tensor) -> None:
         smallest = torch.finfo(self.scale.dtype).tiny  # the scale of a row of zeros
-        for start in range(0, linear.out_features, self.chunk_rows):
+        for start in range(0, len(weight), self.chunk_rows):
             rows = slice(start, start + self.chunk_rows)
-            weight = linear.weight[rows].float()
+            part = weight[rows].float()
             scale = self.scale[rows]  # a view
-            scale.copy_(weight.abs().amax(1) / 127).clamp_(min=smallest)
-            self.weight[rows] = weight.div_(scale[:, None]).round_()
+            scale.copy_(part.abs().amax(1) / 127).clamp_(min=smallest)
+            self.weight[rows] = part.div_(scale[:, None]).round_()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.is_for_few_tokens(x):
+        # In torch 2.13 the operator gives wrong results for widths that are no multiple of 16.
+        if x.is_cpu and count_tokens(x) <= self.most_tokens and x.shape[-1] % 16 == 0:
             tokens = x.flatten(0, -2)
             y = torch.ops.aten._weight_int8pack_mm(tokens, self.weight, self.scale)
             y = y.unflatten(0, x.shape[:-1])
         else:
-            chunks = self.weight.split(self.chunk_rows)
-            y = torch.cat([F.linear(x, chunk.to(x.dtype)) for chunk in chunks], dim=-1)
-            y = y * self.scale
+            y = multiply_in_chunks(x, self.weight.split(self.chunk_rows)) * self.scale
         if self.bias is not None:
             y = y + self.bias
         return y
 
-    def is_for_few_tokens(self, x: Tensor) -> bool:
-        """Whether PyTorch's int8 operator is the faster way, and gives the right result.
 
-        In torch 2.13 it gives wrong results for widths that are no multiple of 16.
-        """
-        num_tokens = x[..., 0].numel()
-        return x.is_cpu and num_tokens <= 8 and x.shape[-1] % 16 == 0
+# ---- Whole models ----
+
+LAYERS = {8: Int8Linear, 4: Int4Linear}  # by bits
 
 
-def quantize(model: nn.Module) -> nn.Module:
-    """Replaces the decoder's linear layers, `lm_head` too, by int8 ones; returns the model.
+def quantize(model: nn.Module, bits: int = 8) -> nn.Module:
+    """Replaces the decoder's linear layers, `lm_head` too, by int8 or int4 ones; returns the model.
 
     One layer at a time, so that memory never holds both copies of more than one. Raises ValueError
     for a model in float16, in which the products would overflow.
     """
     if model.dtype == torch.float16:
         raise ValueError(
-            "dtype is torch.float16, in which int8 products overflow; "
-            "float32, bfloat16 or, without int8, float16 is expected."
+            "dtype is torch.float16, in which the products of whole numbers overflow; "
+            "float32, bfloat16 or, without --int8 and --int4, float16 is expected."
         )
-    for module in model.language_model.modules():
-        for name, layer in module.named_children():
-            if isinstance(layer, nn.Linear):
-                setattr(module, name, Int8Linear(layer))
+    replace_layers(model, LAYERS[bits], fill=True)
+    pack_layers(model, operator_block_rows())
     return model
+
+
+def replace_layers(model: nn.Module, layer_class: type, fill: bool) -> None:
+    for module in model.language_model.modules():
+        for name, linear in module.named_children():
+            if isinstance(linear, nn.Linear):
+                layer = layer_class(linear)
+                if fill:
+                    layer.fill(linear.weight)
+                setattr(module, name, layer)
+
+
+def pack_layers(model: nn.Module, block_rows: int) -> None:
+    """Packs int4 layers in blocks of so many rows, if they are not."""
+    for layer in model.modules():
+        if isinstance(layer, Int4Linear) and layer.block_rows() != block_rows:
+            layer.repack(block_rows)
+
+
+# ---- Saving and loading ----
+
+METHOD = "audio-flamingo-3-from-scratch"  # a name that other programs refuse
+
+
+def save_quantized(model: nn.Module, path: str | Path) -> None:
+    """Writes a directory that `load_quantized` reads, without the processor's files.
+
+    Raises OSError, or ValueError for a model that is not quantised.
+    """
+    bits = {Int8Linear: 8, Int4Linear: 4}.get(type(model.language_model.lm_head))
+    if bits is None:
+        raise ValueError("The model is not quantised; save_pretrained saves it.")
+    quantization = {"quant_method": METHOD, "bits": bits}
+    if bits == 4:
+        quantization["group_size"] = GROUP
+    config = {**hub_config(model), "quantization_config": quantization}
+    pack_layers(model, BLOCK)
+    try:
+        write_checkpoint(model, config, path)
+    finally:
+        pack_layers(model, operator_block_rows())
+
+
+def load_quantized(
+    path: str | Path, device_map: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
+) -> AudioFlamingo3ForConditionalGeneration:
+    """The model in a directory that `save_quantized` has written; takes what from_pretrained takes.
+
+    Raises FileNotFoundError or ValueError, as that does.
+    """
+    layer_class = LAYERS[read_bits(path)]
+
+    class QuantizedModel(AudioFlamingo3ForConditionalGeneration):
+        def __init__(self, config: AudioFlamingo3Config):
+            super().__init__(config)
+            replace_layers(self, layer_class, fill=False)
+
+    model = QuantizedModel.from_pretrained(path, device_map, dtype)
+    pack_layers(model, operator_block_rows())
+    return model
+
+
+def read_bits(path: str | Path) -> int | None:
+    """The bits of the weights in a directory; None where they are not quantised."""
+    config_path = find_checkpoint(path) / "config.json"
+    quantization = read_json(config_path).get("quantization_config")
+    if quantization is None:
+        return None
+    known = [{"quant_method": METHOD, "bits": 8}]
+    known.append({"quant_method": METHOD, "bits": 4, "group_size": GROUP})
+    if quantization not in known:
+        raise ValueError(f"{config_path}: quantization_config {quantization} is not supported.")
+    return quantization["bits"]

@@ -34,16 +34,27 @@ TINY = Path(__file__).resolve().parent.parent / "tiny"
 
 
 def save_model(model: nn.Module, path: str | Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Writes weights, config.json and generation_config.json. Memory holds no second copy of the
-    weights, but for one shard of a model on another device. Raises ValueError for a model whose
-    layers were replaced."""
+    """Writes weights, config.json and generation_config.json.
+
+    Raises ValueError for a model whose layers were replaced.
+    """
     check_is_plain(model)
+    write_checkpoint(model, hub_config(model), path, max_shard_bytes)
+
+
+def write_checkpoint(
+    model: nn.Module, config: dict, path: str | Path, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Writes the tensors of any model, generation_config.json and `config` as config.json.
+
+    Memory holds no second copy of the weights, but for one shard of a model on another device.
+    """
     with new_files(path) as folder:
         write_weights(folder, model.state_dict(), max_shard_bytes)
         options = asdict(model.generation_config)
         options = {name: value for name, value in options.items() if value is not None}
         write_json(folder / "generation_config.json", options)
-        write_json(folder / "config.json", hub_config(model))
+        write_json(folder / "config.json", config)
 
 
 def save_processor(source: Path, path: str | Path) -> None:

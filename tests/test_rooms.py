@@ -22,6 +22,8 @@ USES = {
     "explain": {"alignment", "stages"},
     "explain_page": {"alignment", "stages"},
     "finetune": {"batch", "lora"},
+    "int4": {"float32_products"},
+    "quantize": {"float32_products", "int4"},
     "score": {"batch"},
 }
 PACKAGES = {"torch", "numpy", "safetensors", "tiktoken"}

@@ -31,6 +31,8 @@ class Answerer:
         )
         if args.int8:
             quantize(self.model)
+        if args.int4:
+            quantize(self.model, bits=4)
 
     def answers(
         self, prompts: list[str], waveforms: list[np.ndarray], batch_size: int = 20
@@ -124,6 +126,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--fold", type=int, default=4)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--int8", action="store_true")
+    parser.add_argument("--int4", action="store_true")
     parser.add_argument("--strings", type=int, default=200)
     return parser.parse_args()
 

@@ -1,0 +1,170 @@
+"""int4 weights: a linear layer in 4.5 bits a weight, less than a third of the bytes of bfloat16.
+
+A weight is (q - 8) * scale + zero, where q is 0 to 15, and 64 weights of a row share scale and
+zero. A few tokens are multiplied by PyTorch's own operator. For many tokens the weights are
+computed first, a few rows at a time.
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from extras.float32_products import chunk_rows, count_tokens, multiply_in_chunks, product_dtype
+
+GROUP = 64  # weights of a row that share a scale and a zero point: 4.5 bits for a weight
+BLOCK = 64  # rows that are packed together in a file
+
+
+class Int4Linear(nn.Module):
+    """A linear layer whose weight is int4.
+
+    packed (blocks, in, rows of a block / 2): a byte holds q of a row of the first half of the block
+    in its lower four bits, and q of the same row of the second half in the upper ones.
+    scales_and_zeros (groups of a row, out, 2). Rows and columns are filled up with zeros.
+    """
+
+    most_tokens = 32  # for which PyTorch's int4 operator is the faster way
+
+    def __init__(self, linear: nn.Linear):
+        """Empty, of the size of a linear layer, whose bias it shares; `fill` gives it values."""
+        super().__init__()
+        device = linear.weight.device
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        num_rows = round_up(linear.out_features, BLOCK)
+        width = round_up(linear.in_features, GROUP)
+        packed = torch.empty(num_rows // BLOCK, width, BLOCK // 2, dtype=torch.uint8, device=device)
+        scales = torch.empty(width // GROUP, num_rows, 2, dtype=torch.bfloat16, device=device)
+        self.register_buffer("packed", packed)
+        self.register_buffer("scales_and_zeros", scales)
+        self.bias = linear.bias
+
+    def fill(self, weight: Tensor) -> None:
+        width = self.packed.shape[1]
+        step = round_up(chunk_rows(width), BLOCK)
+        for start in range(0, len(weight), step):
+            part = weight[start : start + step].float()
+            num_rows = round_up(len(part), BLOCK)
+            part = F.pad(part, (0, width - part.shape[1], 0, num_rows - len(part)))
+            q, scale, zero = quantize_groups(part.unflatten(1, (-1, GROUP)))
+            blocks = slice(start // BLOCK, (start + num_rows) // BLOCK)
+            self.packed[blocks] = pack(q.flatten(1), BLOCK)
+            of_rows = torch.cat([scale, zero], dim=-1).transpose(0, 1)  # (groups, rows, 2)
+            self.scales_and_zeros[:, start : start + num_rows] = of_rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x, (0, self.packed.shape[1] - self.in_features))
+        if x.is_cpu and has_operator() and count_tokens(x) <= self.most_tokens:
+            y = self.multiply_few(x)
+        else:
+            y = multiply_in_chunks(x, self.chunks(product_dtype(x)))
+        y = y[..., : self.out_features]
+        if self.bias is not None:
+            y = y + self.bias
+        return y
+
+    def multiply_few(self, x: Tensor) -> Tensor:
+        """By PyTorch's int4 operator, which is quick in bfloat16 only."""
+        tokens = x.flatten(0, -2).bfloat16()
+        packed = self.packed.view(self.scales_and_zeros.shape[1], -1)
+        scales_and_zeros = self.scales_and_zeros.bfloat16()
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(tokens, packed, GROUP, scales_and_zeros)
+        return y.unflatten(0, x.shape[:-1]).to(x.dtype)
+
+    def chunks(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """The weights (some of out, in), a few blocks at a time."""
+        num_rows = round_up(chunk_rows(self.packed.shape[1]), 4 * BLOCK)
+        packed = self.packed.split(num_rows // self.block_rows())
+        scales_and_zeros = self.scales_and_zeros.split(num_rows, dim=1)
+        for of_rows, factors in zip(packed, scales_and_zeros):
+            yield dequantize(of_rows, factors.to(dtype))
+
+    def block_rows(self) -> int:
+        return self.packed.shape[2] * 2
+
+    def repack(self, block_rows: int) -> None:
+        self.packed = pack(unpack(self.packed), block_rows).contiguous()
+
+
+def round_up(number: int, multiple: int) -> int:
+    return (number + multiple - 1) // multiple * multiple
+
+
+def quantize_groups(weights: Tensor, rounds: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    """q (uint8, 0 to 15), scale and zero (..., 1) of groups of float32 weights (..., GROUP).
+
+    The first steps reach from the smallest to the largest weight. Then, by turns, the steps are
+    those of the least squared error for the rounded weights, and the weights are rounded to them.
+    Each turn lowers the squared error; three take 10% off it.
+    """
+    low = weights.amin(-1, keepdim=True)
+    scale = (weights.amax(-1, keepdim=True) - low) / 15
+    for _ in range(rounds):
+        q = round_to_steps(weights, scale, low)
+        mean = q.mean(-1, keepdim=True)
+        centred = q - mean
+        variance = centred.square().mean(-1, keepdim=True)
+        covariance = (centred * weights).mean(-1, keepdim=True)
+        scale = covariance / variance.clamp(min=1e-6)  # it is zero where all weights are the same
+        low = weights.mean(-1, keepdim=True) - scale * mean
+    scale = scale.bfloat16()
+    zero = (low + 8 * scale).bfloat16()
+    q = round_to_steps(weights, scale.float(), zero.float() - 8 * scale)
+    return q.to(torch.uint8), scale, zero
+
+
+def round_to_steps(weights: Tensor, scale: Tensor, low: Tensor) -> Tensor:
+    scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
+    return ((weights - low) / scale).round_().clamp_(0, 15)
+
+
+def pack(q: Tensor, block_rows: int) -> Tensor:
+    """q (rows, in), 0 to 15, as the bytes of `Int4Linear`."""
+    blocks = q.view(-1, 2, block_rows // 2, q.shape[1])
+    first_half, second_half = blocks.unbind(1)
+    return (first_half | second_half << 4).transpose(1, 2)
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """q (rows, in) of the bytes of `Int4Linear`."""
+    blocks = torch.cat([packed & 15, packed >> 4], dim=2)  # (blocks, in, rows of a block)
+    return blocks.transpose(1, 2).flatten(0, 1)
+
+
+def dequantize(packed: Tensor, scales_and_zeros: Tensor) -> Tensor:
+    """Weights (rows, in) of some blocks, in the dtype of the scales."""
+    num_blocks, width, half = packed.shape
+    packed = packed.transpose(0, 1).contiguous()  # (in, blocks, half)
+    q = scales_and_zeros.new_empty(width, num_blocks, 2, half)
+    q[:, :, 0] = packed & 15
+    q[:, :, 1] = packed >> 4
+    q = q.view(-1, GROUP, num_blocks * 2 * half)  # (groups, GROUP, rows)
+    scale, zero = scales_and_zeros[:, None].unbind(-1)  # (groups, 1, rows)
+    weights = torch.addcmul(zero - 8 * scale, q, scale)
+    return weights.flatten(0, 1).T
+
+
+@lru_cache
+def operator_packing() -> int | None:
+    """Rows of a block as PyTorch's int4 operator packs them: 64 with AVX-512, 32 with AVX2.
+
+    None where it packs in another way, or there is no operator; `Int4Linear` does without it then.
+    """
+    q = torch.arange(128 * 2).view(128, 2) % 251 % 16
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1)
+    for block_rows in (64, 32):
+        if torch.equal(pack(q.to(torch.uint8), block_rows).flatten(), packed.flatten()):
+            return block_rows
+    return None
+
+
+def has_operator() -> bool:
+    return operator_packing() is not None
+
+
+def operator_block_rows() -> int:
+    """How layers are packed in memory."""
+    return operator_packing() or BLOCK

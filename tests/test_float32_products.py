@@ -1,0 +1,103 @@
+"""Products in float32 on a CPU without bfloat16 arithmetic: as exact, under the same names."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from af3 import AudioFlamingo3ForConditionalGeneration
+from conftest import TINY
+from extras import float32_products
+from extras.float32_products import (
+    Float32ProductConv1d,
+    Float32ProductLinear,
+    multiply_in_chunks,
+    use_float32_products,
+)
+from processor import AudioFlamingo3Processor
+
+from_pretrained = AudioFlamingo3ForConditionalGeneration.from_pretrained
+
+
+@pytest.fixture
+def slow_bfloat16(monkeypatch):
+    """As on a CPU without bfloat16 arithmetic, whatever this one has."""
+    monkeypatch.setattr(float32_products, "is_bfloat16_slow", lambda: True)
+
+
+def random_tensor(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+
+@pytest.mark.parametrize("tokens", [1, 31, 32, 500])
+def test_a_product_is_no_further_from_the_exact_one_than_before(slow_bfloat16, tokens):
+    linear = torch.nn.Linear(192, 20001, dtype=torch.bfloat16).requires_grad_(False)
+    x = random_tensor(2, tokens, 192)
+    exact = F.linear(x.double(), linear.weight.double(), linear.bias.double())
+    before = linear(x)
+    y = Float32ProductLinear(linear)(x)
+    assert y.dtype == torch.bfloat16
+    assert y.shape == before.shape
+    assert (y - exact).norm() < 1.2 * (before - exact).norm()
+
+
+def test_a_convolution_is_no_further_from_the_exact_one_than_before(slow_bfloat16):
+    conv = torch.nn.Conv1d(80, 96, 3, stride=2, padding=1, dtype=torch.bfloat16)
+    conv.requires_grad_(False)
+    x = random_tensor(2, 80, 101)
+    exact = F.conv1d(x.double(), conv.weight.double(), conv.bias.double(), stride=2, padding=1)
+    before = conv(x)
+    y = Float32ProductConv1d(conv)(x)
+    assert y.dtype == torch.bfloat16
+    assert (y - exact).norm() < 1.05 * (before - exact).norm()
+
+
+def test_logits_are_no_further_from_those_in_float32_than_before(slow_bfloat16):
+    processor = AudioFlamingo3Processor.from_pretrained(TINY)
+    inputs = processor("Transcribe the input speech.", TINY / "samples" / "digits.wav")
+    exact = from_pretrained(TINY, "cpu")(**inputs).logits
+    model = from_pretrained(TINY, "cpu", "bfloat16")
+    before = model(**inputs).logits
+    logits = use_float32_products(model)(**inputs).logits
+    assert not torch.equal(logits, before)
+    assert (logits - exact).norm() < 1.1 * (before - exact).norm()
+
+
+def test_weights_keep_their_names_and_are_not_copied(slow_bfloat16, micro):
+    model = from_pretrained(micro, "cpu", "bfloat16")
+    before = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    use_float32_products(model)
+    after = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    assert after == before
+
+
+def test_encoder_projector_and_decoder_are_changed(slow_bfloat16, micro):
+    model = use_float32_products(from_pretrained(micro, "cpu", "bfloat16"))
+    kinds = {type(module) for module in model.modules()}
+    assert {Float32ProductLinear, Float32ProductConv1d} <= kinds
+    assert not {torch.nn.Linear, torch.nn.Conv1d} & kinds
+
+
+@pytest.mark.parametrize("is_slow, dtype", [(False, "bfloat16"), (True, "float32")])
+def test_other_cpus_and_other_dtypes_keep_their_layers(monkeypatch, micro, is_slow, dtype):
+    monkeypatch.setattr(float32_products, "is_bfloat16_slow", lambda: is_slow)
+    model = use_float32_products(from_pretrained(micro, "cpu", dtype))
+    assert Float32ProductLinear not in {type(module) for module in model.modules()}
+
+
+def test_one_chunk_at_a_time_is_in_float32(slow_bfloat16):
+    weight = random_tensor(100, 64)
+    sizes = []
+
+    def chunks():
+        for chunk in weight.split(30):
+            sizes.append(len(chunk))
+            yield chunk
+
+    y = multiply_in_chunks(random_tensor(40, 64), chunks())
+    assert sizes == [30, 30, 30, 10]
+    assert torch.equal(y, multiply_in_chunks(random_tensor(40, 64), [weight]))
+
+
+def test_the_measurement_gives_one_answer_and_is_made_once():
+    assert float32_products.is_bfloat16_slow() in (True, False)
+    assert float32_products.is_bfloat16_slow.cache_info().misses == 1
