@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from af3 import AudioFlamingo3ForConditionalGeneration, check_length
-from extras.alignment import align, as_fields
+from extras.alignment import UNCLEAR, align, as_fields
 from load_weights import check_is_file
 from plumbing.audio_file import AUDIO_SUFFIXES, check_is_no_url
 from plumbing.terminal import Progress, describe_error
@@ -63,16 +63,32 @@ def read_jobs(
     if prompts_file:
         entries = read_entries(prompts_file)
         check_fields(fields or {}, entries, prompts_file)
+        names_of_fields = OWN_FIELDS | (fields or {})
+        faults = []
         for place, entry in entries:
-            jobs.append(new_job(entry, prompt, OWN_FIELDS | (fields or {}), place, prompts_file))
+            try:
+                jobs.append(new_job(entry, prompt, names_of_fields, place, prompts_file))
+            except ValueError as error:
+                faults.append(str(error))
+        check_no_faults(faults)
     seen = set()
     for name in names:
         for file in files_in(name):
-            if os.path.isdir(name) and os.path.realpath(file) in seen:
-                continue  # a folder does not bring a file again
+            if os.path.realpath(file) in seen:
+                continue  # a file is taken once
             seen.add(os.path.realpath(file))
             jobs.append(Job({"audio": file, "prompt": prompt}, [file], prompt, file))
     return jobs
+
+
+def check_no_faults(faults: list[str]) -> None:
+    """Raises ValueError with the first few of what is wrong with the entries of a file."""
+    shown = " ".join(faults[:5])
+    more = len(faults) - 5
+    if more > 0:
+        shown += f" And {more} more lines are wrong."
+    if faults:
+        raise ValueError(shown)
 
 
 def check_fields(fields: dict[str, str], entries: list, prompts_file: str) -> None:
@@ -334,7 +350,10 @@ def words_of(
     is_real = new_ids != model.generation_config.pad_token_id
     num_real = int(is_real.nonzero().max()) + 1 if bool(is_real.any()) else 1
     inputs = make_inputs([loaded], processor)
-    return as_fields(align(processor, model, inputs, new_ids[:num_real]).words)
+    alignment = align(processor, model, inputs, new_ids[:num_real])
+    if alignment.words and not alignment.follows_sound:
+        warn_about(loaded[1].recordings[0], UNCLEAR)
+    return as_fields(alignment.words)
 
 
 @torch.inference_mode()
@@ -441,9 +460,9 @@ def open_output(path: str, jobs: list[Job]) -> TextIO:
     first, in a copy that then takes the file's place: whenever the program is killed, no
     response is lost. Raises ValueError for a file that holds anything but such lines.
     """
+    check_is_file(Path(path))
     path = os.path.realpath(path)  # a link stays one
     keys = {job_key(job) for job in jobs}
-    check_is_file(Path(path))
     file = open_alone(path)
     lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
     kept = []

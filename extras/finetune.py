@@ -37,14 +37,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from af3 import AudioFlamingo3ForConditionalGeneration, check_length
-from extras.batch import OWN_FIELDS, load_one, new_job, read_entries, with_choices
+from extras.batch import OWN_FIELDS, check_no_faults, load_one, new_job, read_entries, with_choices
 from extras.lora import DECODER_LINEARS, HEAD, add_factors, choose_layers, save_adapter
 from plumbing import terminal
 from plumbing.save_checkpoint import new_files
 from processor import AudioFlamingo3Processor, Batch
 
 STATE_FILE = "training_state.pt"
-SHOWN_FAULTS = 5  # bad lines that an error names; of more it says how many
 SHOWN_ANSWERS = 4  # held-out answers that a report prints
 
 
@@ -96,10 +95,7 @@ def read_examples(path: str, processor: AudioFlamingo3Processor, max_tokens: int
             faults.append(fault if place in fault else f"{place}: {fault}")
         progress.show(number)
     progress.clear()
-    if faults:
-        more = len(faults) - SHOWN_FAULTS
-        shown = " ".join(faults[:SHOWN_FAULTS])
-        raise ValueError(shown if more <= 0 else f"{shown} And {more} more lines are wrong.")
+    check_no_faults(faults)
     return examples
 
 

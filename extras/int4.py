@@ -153,7 +153,9 @@ def operator_packing() -> int | None:
 
     None where it packs in another way, or there is no operator; `Int4Linear` does without it then.
     """
-    q = torch.arange(128 * 2).view(128, 2) % 251 % 16
+    if not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):  # before torch 2.6
+        return None
+    q = torch.arange(128 * 2).view(128, 2) % 13
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1)
     for block_rows in (64, 32):
         if torch.equal(pack(q.to(torch.uint8), block_rows).flatten(), packed.flatten()):

@@ -137,14 +137,15 @@ def load_quantized(
     return model
 
 
-def read_bits(path: str | Path) -> int | None:
-    """The bits of the weights in a directory; None where they are not quantised."""
+def read_bits(path: str | Path) -> int:
+    """The bits of the weights in a directory that `save_quantized` has written."""
     config_path = find_checkpoint(path) / "config.json"
     quantization = read_json(config_path).get("quantization_config")
-    if quantization is None:
-        return None
     known = [{"quant_method": METHOD, "bits": 8}]
     known.append({"quant_method": METHOD, "bits": 4, "group_size": GROUP})
     if quantization not in known:
-        raise ValueError(f"{config_path}: quantization_config {quantization} is not supported.")
+        raise ValueError(
+            f"{config_path}: quantization_config is {quantization}; one that "
+            "save_quantized or generate.py --save has written is expected."
+        )
     return quantization["bits"]

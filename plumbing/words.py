@@ -50,7 +50,7 @@ def check_is_no_missing_file(word: str, suffixes: Collection[str]) -> None:
     if Path(word).suffix.lower() in suffixes:
         remedy = " If it is the prompt, end it with a question mark." if " " in word else ""
         raise FileNotFoundError(f"{word}: no such file; a sound file is expected.{remedy}")
-    if "/" in word and not re.search(r"\s", word):
+    if re.fullmatch(r"\S*/\S*|\S+\.\w{2,4}", word):
         raise FileNotFoundError(
             f"{word}: no such file or folder. If it is the prompt, write more than a word."
         )

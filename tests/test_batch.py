@@ -12,6 +12,7 @@ import torch
 
 import generate
 from af3 import AudioFlamingo3Encoder, AudioFlamingo3ForConditionalGeneration
+from extras.alignment import UNCLEAR, Alignment
 from extras.batch import answer_jobs, open_output, read_jobs
 from processor import AudioFlamingo3Processor
 from programs import PROGRAM, Terminal, start_generate
@@ -84,8 +85,8 @@ def test_hidden_folders_are_skipped_and_a_file_is_taken_once(run_lines, clip, tm
     (folder / ".hidden").mkdir(parents=True)
     write_wav(folder / ".hidden" / "a.wav", sound(8000))
     write_wav(folder / "b.wav", sound(8000))
-    jobs = run_lines(folder, folder / "b.wav", folder, "Hi", *ONE_TOKEN)
-    assert [Path(job["audio"]).name for job in jobs] == ["b.wav", "b.wav"]
+    jobs = run_lines(folder, folder / "b.wav", folder / "b.wav", folder, "Hi", *ONE_TOKEN)
+    assert [Path(job["audio"]).name for job in jobs] == ["b.wav"]
 
 
 def test_a_job_is_yielded_as_soon_as_those_before_it_are_done(processor, model, tmp_path):
@@ -148,11 +149,18 @@ def test_a_recording_too_large_for_memory_is_an_error_of_its_own(run_lines, fold
     assert sum("response" in job for job in jobs) == 4
 
 
-def test_a_warning_names_its_recording(run, clip, tmp_path):
+def test_a_warning_names_its_recording_every_time(run, clip, tmp_path):
     long = write_wav(tmp_path / "long.wav", sound(601 * 16000))
-    prompt = "<sound><sound>"  # which is refused, so nothing is computed
-    _, _, err = run(clip, long, long, prompt, *ONE_TOKEN, "--quiet")
+    asked = {"audio": str(long), "prompt": "<sound><sound>"}  # refused, so nothing is computed
+    prompts = write_lines(tmp_path / "in.jsonl", [asked, asked])
+    _, _, err = run("--prompts", prompts, *ONE_TOKEN, "--quiet")
     assert err == f"warning: {long}: 601.0 s of audio: only the first 600.0 s are heard\n" * 2
+
+
+def test_times_that_mean_little_are_warned_of_by_the_recordings_name(run, clip, monkeypatch):
+    monkeypatch.setattr(Alignment, "follows_sound", False)
+    _, _, err = run(clip, "Hi", *ONE_TOKEN, "--timestamps", "--batch-size", 2, "--quiet")
+    assert err == f"warning: {clip}: {UNCLEAR}\n"
 
 
 def test_control_characters_in_an_answer_are_escaped(run, clip, monkeypatch):
@@ -435,9 +443,22 @@ def test_resume_reads_a_file_that_ends_within_a_character(run_lines, clip, tmp_p
 
 
 def test_what_is_asked_twice_needs_two_answers(run, run_lines, clip, tmp_path):
-    jobs = run_lines(clip, clip, "Hi", *ONE_TOKEN)
+    asked = {"audio": clip, "prompt": "Hi"}
+    prompts = write_lines(tmp_path / "in.jsonl", [asked, asked])
+    jobs = run_lines("--prompts", prompts, *ONE_TOKEN)
+    assert len(jobs) == 2
     earlier = write_lines(tmp_path / "out.jsonl", jobs[:1])
-    assert len(run_lines(clip, clip, "Hi", *ONE_TOKEN, "--resume", earlier)) == 1
+    assert len(run_lines("--prompts", prompts, *ONE_TOKEN, "--resume", earlier)) == 1
+
+
+def test_several_bad_entries_are_named_at_once(run, clip, tmp_path):
+    entries = [{"audio": 7}, {"audio": clip}, {"prompt": "Hi"}, *[[]] * 5]
+    status, _, err = run("--prompts", write_lines(tmp_path / "in.jsonl", entries))
+    assert status == 2
+    assert "line 1: " in err
+    assert "line 2: " not in err
+    assert "line 3: " in err
+    assert err.endswith("And 2 more lines are wrong.\n")
 
 
 @pytest.mark.parametrize("exists", [False, True])

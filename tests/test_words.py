@@ -26,6 +26,8 @@ def split(*words, may_be_prompt=False):
         (["a.wav"], ["a.wav"], None),
         (["a.wav", "What?"], ["a.wav"], "What?"),
         (["a.wav", ""], ["a.wav"], ""),
+        (["a.wav", "Transcribe."], ["a.wav"], "Transcribe."),
+        (["a.wav", "Is it e.g. rain.txt?"], ["a.wav"], "Is it e.g. rain.txt?"),
         (["a.wav", "b.mp3"], ["a.wav", "b.mp3"], None),
         (["a.wav", "folder", "What is this?"], ["a.wav", "folder"], "What is this?"),
         (["-", "What?"], ["-"], "What?"),
@@ -51,6 +53,8 @@ def test_files_come_first_and_then_the_prompt(files, words, recordings, prompt):
         (["What?", "a.wav"], ': a.wav "What?".'),
         (["a.wav", "What", "is", "it?"], 'put it in quotes: "What is it?".'),
         (["a.wav", "nofolder/"], "nofolder/: no such file or folder"),
+        (["a.wav", "rain.txt"], "rain.txt: no such file or folder"),
+        (["a.wav", "page.htm"], "If it is the prompt, write more than a word."),
         (["What sound is this?"], "A prompt comes after its recording."),
     ],
 )
