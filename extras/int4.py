@@ -75,12 +75,18 @@ class Int4Linear(nn.Module):
         return y.unflatten(0, x.shape[:-1]).to(x.dtype)
 
     def chunks(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        """The weights (some of out, in), a few blocks at a time."""
-        num_rows = round_up(chunk_rows(self.packed.shape[1]), 4 * BLOCK)
+        """The weights (some of out, in), a few blocks at a time.
+
+        Each takes the place of the one before in memory: with new memory for each, a product of
+        150 tokens would take half as long again.
+        """
+        width = self.packed.shape[1]
+        num_rows = round_up(chunk_rows(width), 4 * BLOCK)
+        memory = torch.empty(width * num_rows, dtype=dtype, device=self.packed.device)
         packed = self.packed.split(num_rows // self.block_rows())
         scales_and_zeros = self.scales_and_zeros.split(num_rows, dim=1)
         for of_rows, factors in zip(packed, scales_and_zeros):
-            yield dequantize(of_rows, factors.to(dtype))
+            yield dequantize(of_rows, factors, memory)
 
     def block_rows(self) -> int:
         return self.packed.shape[2] * 2
@@ -134,17 +140,20 @@ def unpack(packed: Tensor) -> Tensor:
     return blocks.transpose(1, 2).flatten(0, 1)
 
 
-def dequantize(packed: Tensor, scales_and_zeros: Tensor) -> Tensor:
-    """Weights (rows, in) of some blocks, in the dtype of the scales."""
+def dequantize(packed: Tensor, scales_and_zeros: Tensor, memory: Tensor) -> Tensor:
+    """Weights (rows, in) of some blocks, written to memory, in its dtype."""
     num_blocks, width, half = packed.shape
+    num_rows = num_blocks * 2 * half
     packed = packed.transpose(0, 1).contiguous()  # (in, blocks, half)
-    q = scales_and_zeros.new_empty(width, num_blocks, 2, half)
+    weights = memory[: width * num_rows]
+    q = weights.view(width, num_blocks, 2, half)
     q[:, :, 0] = packed & 15
     q[:, :, 1] = packed >> 4
-    q = q.view(-1, GROUP, num_blocks * 2 * half)  # (groups, GROUP, rows)
-    scale, zero = scales_and_zeros[:, None].unbind(-1)  # (groups, 1, rows)
-    weights = torch.addcmul(zero - 8 * scale, q, scale)
-    return weights.flatten(0, 1).T
+
+    scale, zero = scales_and_zeros[:, None].to(memory.dtype).unbind(-1)  # (groups, 1, rows)
+    q = weights.view(-1, GROUP, num_rows)
+    torch.addcmul(zero - 8 * scale, q, scale.contiguous(), out=q)
+    return weights.view(width, num_rows).T
 
 
 @lru_cache

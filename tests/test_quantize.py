@@ -64,14 +64,14 @@ def test_a_row_of_zeros_stays_zero_and_a_row_of_whole_steps_is_exact():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [1, 16, 17, 300])
 @pytest.mark.parametrize("width, rows", [(192, 20001), (576, 64), (100, 7)])
-def test_an_int4_layer_is_within_seven_percent_of_the_linear_layer(width, rows, tokens, dtype):
+def test_an_int4_layer_is_within_nine_percent_of_the_linear_layer(width, rows, tokens, dtype):
     linear = new_linear(width, rows, dtype)
     x = random_tensor(2, tokens, width, dtype=dtype)
     expected = linear(x)
     y = quantized(linear, Int4Linear)(x)
     assert y.shape == expected.shape
     assert y.dtype == dtype
-    assert (y - expected).norm() < 0.07 * expected.norm()
+    assert (y - expected).norm() < 0.09 * expected.norm()
 
 
 @pytest.mark.parametrize("layer_class", LAYERS.values())
