@@ -63,7 +63,7 @@ def test_a_row_of_zeros_stays_zero_and_a_row_of_whole_steps_is_exact():
 # Weights of a normal distribution lose 8.5% by int4, those of nn.Linear's uniform one 6%.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [1, 16, 17, 300])
-@pytest.mark.parametrize("width, rows", [(192, 20001), (576, 64), (100, 7)])
+@pytest.mark.parametrize("width, rows", [(192, 20001), (576, 64), (100, 70)])
 def test_an_int4_layer_is_within_nine_percent_of_the_linear_layer(width, rows, tokens, dtype):
     linear = new_linear(width, rows, dtype)
     x = random_tensor(2, tokens, width, dtype=dtype)
