@@ -188,6 +188,14 @@ def find_beside(name: str, prompts_file: str) -> str:
     return str(beside) if beside.exists() else name
 
 
+def check_jobs(jobs: list[Job], choose: bool, timestamps: bool) -> None:
+    """Refuses jobs that cannot be answered by choice, or with timestamps, where that is wanted."""
+    if timestamps:
+        check_timestamps(jobs, choose)
+    if choose:
+        check_choices(jobs)
+
+
 def check_choices(jobs: list[Job]) -> None:
     for job in jobs:
         if not job.choices:
@@ -242,10 +250,8 @@ def answer_jobs(
     choose: the response is the likeliest of the job's choices, see `likeliest_choice`.
     timestamps: beside a response, "words" says where each word looked, see `extras/alignment.py`.
     """
-    if timestamps:
-        check_timestamps(jobs, choose)
+    check_jobs(jobs, choose, timestamps)
     if choose:
-        check_choices(jobs)
         batch_size = 1
     group_size = 4 * batch_size
     done = 0

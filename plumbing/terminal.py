@@ -265,6 +265,9 @@ class Progress:
     def __init__(self, total: int, quiet: bool = False):
         self.total = total
         self.shown = sys.stderr.isatty() and not quiet
+        self.restart()
+
+    def restart(self) -> None:
         self.start = time.perf_counter()
 
     def seconds(self) -> float:

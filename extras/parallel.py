@@ -1,0 +1,267 @@
+"""Several processes, started by torchrun: they share the recordings, or split the model.
+
+    torchrun --nproc-per-node 2 generate.py recordings/ "What is this?" --output answers.jsonl
+    torchrun --nproc-per-node 2 generate.py a.wav "What is this?" --tensor-parallel
+
+Only the first process prints. They talk through torch.distributed: by NCCL about tensors on GPUs,
+by gloo about all else.
+"""
+
+import math
+import os
+import signal
+import sys
+import warnings
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from datetime import timedelta
+from queue import SimpleQueue
+from threading import Thread
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from af3 import AudioFlamingo3ForConditionalGeneration
+from extras.batch import Job
+from plumbing import terminal
+from plumbing.terminal import refuse
+from plumbing.words import STDIN
+
+CPU = torch.device("cpu")
+
+# ---- Processes ----
+
+
+@contextmanager
+def joined_processes() -> Iterator[None]:
+    """Inside, the processes can talk. At its end each waits for the others."""
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    # Nothing is too long to wait for: when another process dies, its connections end.
+    dist.init_process_group(backend, timeout=timedelta(days=365))
+    if dist.get_rank() == 0:
+        # torchrun sends it to the others when one has died. The first must be able to say so.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    else:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+    # Without --seed, too, processes that split a model have to draw the same tokens.
+    torch.manual_seed(from_first_process(torch.initial_seed()))
+    yield
+    with suppress(RuntimeError):  # another has left early; all is printed
+        dist.barrier()
+
+
+def from_first_process(value):
+    """The value that the first process passes."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0, device=CPU)
+    return values[0]
+
+
+def own_device(device: str) -> str:
+    """The device of this process: where there are GPUs, each process has its own."""
+    if device not in ("auto", "cuda") or not torch.cuda.is_available():
+        return device
+    processes = int(os.environ["LOCAL_WORLD_SIZE"])
+    if processes > torch.cuda.device_count():
+        raise ValueError(
+            f"{processes} processes need as many GPUs, and there are {torch.cuda.device_count()}; "
+            "start fewer, or use --device cpu."
+        )
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    return f"cuda:{os.environ['LOCAL_RANK']}"
+
+
+# ---- Sharing the recordings ----
+
+
+def share_jobs(
+    jobs: list[Job], answer: Callable[[list[Job]], Iterator[Job]], progress: terminal.Progress
+) -> Iterator[Job]:
+    """On the first process all jobs with their outcomes, in the order given; on the others none.
+
+    Of N processes, number r answers the jobs r, r + N, r + 2 N and so on: `answer` loads the model
+    and gives the jobs of a share with their outcomes. The first process answers its share in a
+    thread, so that meanwhile it can print what others have answered.
+    Raises RuntimeError with the reason for which a process cannot go on, and ConnectionError with
+    the number of one that has died.
+    """
+    rank = dist.get_rank()
+    torch.manual_seed((torch.initial_seed() + rank) % 2**64)  # no two draw the same tokens
+    if rank > 0:
+        answer_share(jobs, answer, send_to_first_process)
+        return
+    messages = SimpleQueue()
+    start_thread(answer_share, jobs, answer, messages.put)
+    for other in range(1, dist.get_world_size()):
+        start_thread(receive, other, messages.put)
+    outcomes = {}
+    received = 0
+    for number in range(len(jobs)):
+        while number not in outcomes:
+            message = messages.get()
+            if isinstance(message, Warning):
+                terminal.print_warning(message)
+            elif isinstance(message, Exception):
+                raise message
+            else:
+                outcomes.update(message)
+                received += 1
+                progress.show(received)
+        progress.clear()
+        yield outcomes.pop(number)
+
+
+def answer_share(jobs: list[Job], answer: Callable, send: Callable) -> None:
+    """Sends each job that falls to this process, as soon as it is done: {its number: job}.
+
+    Also sends warnings about recordings, and an exception if this process cannot go on.
+    """
+    numbers = range(dist.get_rank(), len(jobs), dist.get_world_size())
+    try:
+        share = answer([jobs[number] for number in numbers]) if numbers else []
+        if dist.get_rank() > 0:  # not before: what loading warns of, the first process says
+            warnings.showwarning = lambda warning, *_: send(warning)
+        for number, job in zip(numbers, share):
+            send({number: job})
+    except Exception as error:
+        send(RuntimeError(terminal.describe_error(error)))
+
+
+def send_to_first_process(message) -> None:
+    try:
+        dist.send_object_list([message], dst=0, device=CPU)
+    except RuntimeError:  # it has left, so nobody needs more answers
+        os._exit(0)
+
+
+def receive(rank: int, put: Callable) -> None:
+    """Passes on the messages of a process until it ends."""
+    messages = [None]
+    try:
+        while True:
+            dist.recv_object_list(messages, src=rank, device=CPU)
+            put(messages[0])
+    except RuntimeError:
+        remedy = "give the same command again; with --output, it goes on where this one ended"
+        put(ConnectionError(f"process {rank} has died; {remedy}"))
+
+
+def start_thread(function: Callable, *arguments) -> None:
+    Thread(target=function, args=arguments, daemon=True).start()
+
+
+# ---- Splitting the model ----
+
+# As in Megatron-LM (Shoeybi et al. 2019): between two linear layers, each process has some of the
+# channels. It needs some rows of the first weight and some columns of the second; then the output
+# of the second is the sum over the processes. PyTorch calls the first column-wise, after its
+# transposed weight, and has the same plan for DTensors. But with these a token of a small model
+# takes twice the time, and layers cannot be int8 or int4.
+FIRST_LAYERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+SECOND_LAYERS = ("o_proj", "down_proj")
+
+
+def split_model(
+    model: AudioFlamingo3ForConditionalGeneration,
+) -> AudioFlamingo3ForConditionalGeneration:
+    """Leaves this process its part of the decoder and of lm_head; returns the model.
+
+    Of weights that are memory-mapped, only this part is read.
+    """
+    processes = dist.get_world_size()
+    config = model.config.text_config
+    check_divisible("num_key_value_heads", config.num_key_value_heads, processes)
+    check_divisible("intermediate_size", config.intermediate_size, processes)
+    for layer in model.language_model.model.layers:
+        for block in (layer.self_attn, layer.mlp):
+            for name, linear in list(block.named_children()):
+                if name in FIRST_LAYERS:
+                    keep_part(linear, dim=0)
+                if name in SECOND_LAYERS:
+                    keep_part(linear, dim=1)
+                    setattr(block, name, nn.Sequential(linear, Sum()))
+    head = model.language_model.lm_head
+    keep_part(head, dim=0)
+    model.language_model["lm_head"] = nn.Sequential(head, Concatenation(config.vocab_size))
+    # A cache that is made by this has the heads of this process only.
+    own_heads = config.num_key_value_heads // processes
+    model.config = replace(model.config, text_config=replace(config, num_key_value_heads=own_heads))
+    return model
+
+
+def keep_part(linear: nn.Linear, dim: int) -> None:
+    """Leaves this process its part of a weight (out, in): some rows (dim 0) or columns (1)."""
+    for name, whole in list(linear.named_parameters()):
+        part = whole.chunk(dist.get_world_size(), dim)[dist.get_rank()]
+        setattr(linear, name, nn.Parameter(part.contiguous(), requires_grad=False))
+    linear.out_features, linear.in_features = linear.weight.shape
+
+
+class Sum(nn.Module):
+    """y of one process -> the sum over all processes."""
+
+    def forward(self, y: Tensor) -> Tensor:
+        with death_named():
+            dist.all_reduce(y)
+        return y
+
+
+class Concatenation(nn.Module):
+    """y (..., part of the width) of one process -> (..., width); the last part may be narrower."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.width = width
+
+    def forward(self, y: Tensor) -> Tensor:
+        part_width = math.ceil(self.width / dist.get_world_size())
+        y = F.pad(y, (0, part_width - y.shape[-1]))
+        parts = [torch.empty_like(y) for _ in range(dist.get_world_size())]
+        with death_named():
+            dist.all_gather(parts, y)
+        return torch.cat(parts, dim=-1)[..., : self.width]
+
+
+@contextmanager
+def death_named() -> Iterator[None]:
+    """Raises ConnectionError, which ends the program and not just a recording, if one has died."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConnectionError(
+            f"another process has died or cannot be reached; give the same command again ({error})"
+        ) from None
+
+
+# ---- Checks ----
+
+
+def check_options(args: Namespace, is_for_many: bool) -> None:
+    """Refuses what several processes cannot do together."""
+    if not dist.is_initialized():
+        refuse("--tensor-parallel needs several processes: torchrun --nproc-per-node 2 generate.py")
+    for name in ("chat", "explain", "save"):
+        if getattr(args, name) not in (None, False):
+            refuse(f"--{name} is for one process; start it with python, not with torchrun")
+    if not args.tensor_parallel:
+        if not is_for_many:
+            refuse("one recording is for one process; --tensor-parallel splits the model instead")
+        return
+    if args.timestamps:
+        refuse("--timestamps needs all heads, of which with --tensor-parallel a process has some")
+    if args.think or args.adapter:
+        refuse("--tensor-parallel takes no adapter; write the merged model with --save first")
+    if STDIN in args.words:
+        refuse("--tensor-parallel reads a recording in each process; give a file, not -")
+
+
+def check_divisible(name: str, size: int, processes: int) -> None:
+    if size % processes:
+        raise ValueError(
+            f"--tensor-parallel divides {name}, which is {size} in this model, by the number of "
+            f"processes, which is {processes}; choose a number that divides it."
+        )
