@@ -6,15 +6,18 @@ examples:
   python generate.py talk.flac "Summarize." --model nvidia/audio-flamingo-3-hf --int8
   python generate.py --chat talk.flac                 a conversation
   python generate.py a.wav recordings/ "Who speaks?"  an answer for each, as JSON lines
+  torchrun --nproc-per-node 2 generate.py recordings/ "Who speaks?"  shared by two processes
 """
 
 import argparse
 import dataclasses
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from itertools import tee
 from pathlib import Path
+from typing import TextIO
 
 from plumbing import terminal
 
@@ -78,6 +81,8 @@ def add_model_options(add: Callable) -> None:
     add("--think", action="store_true", help=think_help)
     adapter_help = "merge the LoRA adapter in DIR, as peft saves it; may be given several times"
     add("--adapter", action="append", metavar="DIR", help=adapter_help)
+    parallel_help = "under torchrun: split the model over the processes, not the recordings"
+    add("--tensor-parallel", action="store_true", help=parallel_help)
 
 
 def add_answer_options(add: Callable) -> None:
@@ -143,13 +148,35 @@ def main() -> int:
     """
     terminal.prepare_streams()
     try:
-        words = join_page_name(sys.argv[1:])
-        return run(make_parser().parse_intermixed_args(words))
+        with joined_processes():
+            words = join_page_name(sys.argv[1:])
+            status = run(make_parser().parse_intermixed_args(words))
+        # torchrun takes any other status for a crash. What has no answer is on stderr.
+        if num_processes() > 1:
+            return 0
+        return status
     except BrokenPipeError:  # the reader has enough, as in `| head -1`
         return 0
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         terminal.print_error(error)
         return 2
+
+
+def num_processes() -> int:
+    """How many torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first_process() -> bool:
+    return num_processes() == 1 or os.environ["RANK"] == "0"
+
+
+def joined_processes() -> AbstractContextManager:
+    if num_processes() == 1:
+        return nullcontext()
+    from extras import parallel
+
+    return parallel.joined_processes()
 
 
 def run(args: argparse.Namespace) -> int:
@@ -159,10 +186,7 @@ def run(args: argparse.Namespace) -> int:
         check_is_no_url(word)
     may_be_prompt = bool(args.prompts or args.chat)
     recordings, prompt = split_words(args.words, AUDIO_SUFFIXES, may_be_prompt)
-    if args.save is not None:
-        save(args)
-        return 0
-    if not (recordings or args.chat or args.prompts):
+    if not (recordings or args.chat or args.prompts or args.save):
         refuse("the following arguments are required: audio")
     if prompt is None and not args.chat:
         prompt = AudioFlamingo3Processor.default_transcription_prompt
@@ -176,7 +200,15 @@ def run(args: argparse.Namespace) -> int:
             "- is answered only by itself, without other recordings and without --chat, "
             "--prompts, --output, --resume and --batch-size."
         )
-    if args.chat:
+    if args.tensor_parallel or num_processes() > 1:
+        from extras import parallel
+
+        is_for_many = not (args.chat or args.save) and wants_json_lines(args, recordings)
+        parallel.check_options(args, is_for_many)
+        args.device = parallel.own_device(args.device)
+    if args.save:
+        save(args)
+    elif args.chat:
         from extras.chat import TerminalChat
 
         processor = AudioFlamingo3Processor.from_pretrained(args.model)
@@ -275,13 +307,14 @@ def use_one_thread_if_small(model: AudioFlamingo3ForConditionalGeneration) -> No
 
 def load_changed_model(args: argparse.Namespace) -> AudioFlamingo3ForConditionalGeneration:
     choose_dtype(args.dtype, torch.float32)  # refuses an unknown one before the model is loaded
-    is_changed = args.think or args.adapter or args.int8 or args.int4
+    is_changed = args.think or args.adapter or args.int8 or args.int4 or args.tensor_parallel
     if is_quantized(args.model):
         from extras.quantize import load_quantized
 
         if is_changed:
             refuse(
-                f"{args.model} is quantised; --int8, --int4, --think and --adapter change others"
+                f"{args.model} is quantised; --int8, --int4, --think, --adapter and "
+                "--tensor-parallel change others"
             )
         return load_quantized(args.model, args.device, args.dtype)
     if not is_changed:
@@ -297,6 +330,10 @@ def load_changed_model(args: argparse.Namespace) -> AudioFlamingo3ForConditional
             merge_adapter(model, find_think_adapter(args.model))
         for folder in args.adapter or []:
             merge_adapter(model, folder)
+    if args.tensor_parallel:
+        from extras.parallel import split_model
+
+        split_model(model)
     model.to(choose_dtype(args.dtype, model.dtype))
     if args.int8 or args.int4:
         from extras.quantize import quantize
@@ -381,31 +418,61 @@ def answer_many(args: argparse.Namespace, recordings: list, prompt: str, options
     if batch_size < 1:
         raise ValueError(f"--batch-size is {batch_size}; at least 1 is expected.")
     processor = AudioFlamingo3Processor.from_pretrained(args.model)
-    fields = parse_fields(args.fields)
-    all_jobs = batch.read_jobs(args.prompts, recordings, prompt, fields)
-    jobs = all_jobs
-    if args.resume and os.path.exists(args.resume):
-        jobs = batch.leave_out_answered(all_jobs, args.resume)
-        batch.end_cut_line(args.resume)
+    all_jobs = []
+    jobs = []
     output = sys.stdout
-    if args.output:
-        output = batch.open_output(args.output, all_jobs)
-        jobs = batch.leave_out_answered(jobs, args.output)
-    model = load_model(args) if jobs else None
+    if is_first_process():
+        all_jobs = batch.read_jobs(args.prompts, recordings, prompt, parse_fields(args.fields))
+        jobs, output = leave_out_answered(args, all_jobs)
+        batch.check_jobs(jobs, args.choose, args.timestamps)
     progress = terminal.Progress(len(jobs), args.quiet)
-    for job in batch.answer_jobs(
-        jobs, processor, model, batch_size, progress, args.choose, args.timestamps, **options
-    ):
+    is_shared = num_processes() > 1 and not args.tensor_parallel
+
+    def answer(share: list) -> Iterator:
+        model = load_model(args)
+        progress.restart()
+        of_share = None if is_shared else progress
+        return batch.answer_jobs(
+            share, processor, model, batch_size, of_share, args.choose, args.timestamps, **options
+        )
+
+    if num_processes() > 1:
+        from extras import parallel
+
+        jobs = parallel.from_first_process(jobs)
+    if is_shared:
+        answers = parallel.share_jobs(jobs, answer, progress)
+    else:
+        answers = answer(jobs) if jobs else []
+    answered = 0
+    for job in answers:
         print(batch.as_json_line(job, output.encoding), file=output, flush=True)
-    answered = sum("response" in job for job in jobs)
+        answered += int("response" in job)
     if not args.quiet:
         before = len(all_jobs) - len(jobs)
-        earlier = f" (and {before} before)" if before else ""
-        seconds = progress.seconds()
-        summary = f"answered {answered} of {len(jobs)}{earlier} in {seconds:.1f} s"
-        nothing = "nothing left to answer; for other options choose another file"
-        print(summary if jobs else nothing, file=sys.stderr)
+        print(summary_of_many(answered, len(jobs), before, progress.seconds()), file=sys.stderr)
     return 0 if answered == len(jobs) else 1
+
+
+def summary_of_many(answered: int, asked: int, before: int, seconds: float) -> str:
+    if asked == 0:
+        return "nothing left to answer; for other options choose another file"
+    earlier = f" (and {before} before)" if before else ""
+    return f"answered {answered} of {asked}{earlier} in {seconds:.1f} s"
+
+
+def leave_out_answered(args: argparse.Namespace, jobs: list) -> tuple[list, TextIO]:
+    """The jobs that --resume and --output leave to do, and where their lines are written."""
+    from extras import batch
+
+    all_jobs = jobs
+    if args.resume and os.path.exists(args.resume):
+        jobs = batch.leave_out_answered(jobs, args.resume)
+        batch.end_cut_line(args.resume)
+    if not args.output:
+        return jobs, sys.stdout
+    output = batch.open_output(args.output, all_jobs)
+    return batch.leave_out_answered(jobs, args.output), output
 
 
 def parse_fields(text: str | None) -> dict[str, str]:

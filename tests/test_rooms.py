@@ -23,6 +23,7 @@ USES = {
     "explain_page": {"alignment", "stages"},
     "finetune": {"batch", "lora"},
     "int4": {"float32_products"},
+    "parallel": {"batch"},
     "quantize": {"float32_products", "int4"},
     "score": {"batch"},
 }
