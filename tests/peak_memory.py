@@ -1,0 +1,20 @@
+"""Runs generate.py, then prints the largest memory that each of its processes has taken.
+
+python tests/peak_memory.py audio.wav "Hi" --model FULL
+torchrun --nproc-per-node 2 tests/peak_memory.py audio.wav "Hi" --model FULL --tensor-parallel
+"""
+
+import os
+import resource
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import generate
+
+status = generate.main()
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # weights that are mapped count
+rank = os.environ.get("RANK", "0")
+# The first stderr: that of all processes but one leads nowhere by now.
+print(f"process {rank}: at most {peak / 1e9:.2f} GB", file=sys.__stderr__, flush=True)
+os._exit(status)
