@@ -287,7 +287,7 @@ def load_model(args: argparse.Namespace) -> AudioFlamingo3ForConditionalGenerati
     hint = "use a smaller --dtype" if args.int4 else "use --int4 or --int8, or a smaller --dtype"
     with terminal.memory_hint(hint):
         model = load_changed_model(args)
-    if model.device.type == "cpu" and model.dtype == torch.bfloat16:
+    if model.device.type == "cpu" and model.dtype == torch.bfloat16 and not args.tensor_parallel:
         from extras.float32_products import use_float32_products
 
         use_float32_products(model)  # only on a CPU without bfloat16 arithmetic
@@ -333,7 +333,7 @@ def load_changed_model(args: argparse.Namespace) -> AudioFlamingo3ForConditional
     if args.tensor_parallel:
         from extras.parallel import split_model
 
-        split_model(model)
+        split_model(model, choose_device(args.device))
     model.to(choose_dtype(args.dtype, model.dtype))
     if args.int8 or args.int4:
         from extras.quantize import quantize

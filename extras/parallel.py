@@ -7,7 +7,6 @@ Only the first process prints. They talk through torch.distributed: by NCCL abou
 by gloo about all else.
 """
 
-import math
 import os
 import signal
 import sys
@@ -17,13 +16,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
+from fnmatch import fnmatch
 from queue import SimpleQueue
 from threading import Thread
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from af3 import AudioFlamingo3ForConditionalGeneration
 from extras.batch import Job
@@ -156,19 +158,25 @@ def start_thread(function: Callable, *arguments) -> None:
 
 # ---- Splitting the model ----
 
-# As in Megatron-LM (Shoeybi et al. 2019): between two linear layers, each process has some of the
-# channels. It needs some rows of the first weight and some columns of the second; then the output
-# of the second is the sum over the processes. PyTorch calls the first column-wise, after its
-# transposed weight, and has the same plan for DTensors. But with these a token of a small model
-# takes twice the time, and layers cannot be int8 or int4.
-FIRST_LAYERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-SECOND_LAYERS = ("o_proj", "down_proj")
+# Between two linear layers each process has some of the channels: some rows of the first weight,
+# which PyTorch calls column-wise after the transposed weight, and the same columns of the second,
+# whose outputs are summed over the processes.
+PLAN = {
+    "model.layers.*.self_attn.q_proj": ColwiseParallel(),
+    "model.layers.*.self_attn.k_proj": ColwiseParallel(),
+    "model.layers.*.self_attn.v_proj": ColwiseParallel(),
+    "model.layers.*.self_attn.o_proj": RowwiseParallel(),
+    "model.layers.*.mlp.gate_proj": ColwiseParallel(),
+    "model.layers.*.mlp.up_proj": ColwiseParallel(),
+    "model.layers.*.mlp.down_proj": RowwiseParallel(),
+    "lm_head": ColwiseParallel(output_layouts=Replicate()),  # every process has all logits
+}
 
 
 def split_model(
-    model: AudioFlamingo3ForConditionalGeneration,
+    model: AudioFlamingo3ForConditionalGeneration, device: str | torch.device = "cpu"
 ) -> AudioFlamingo3ForConditionalGeneration:
-    """Leaves this process its part of the decoder and of lm_head; returns the model.
+    """Leaves this process its part of the decoder and of lm_head, on a device; returns the model.
 
     Of weights that are memory-mapped, only this part is read.
     """
@@ -176,65 +184,50 @@ def split_model(
     config = model.config.text_config
     check_divisible("num_key_value_heads", config.num_key_value_heads, processes)
     check_divisible("intermediate_size", config.intermediate_size, processes)
-    for layer in model.language_model.model.layers:
-        for block in (layer.self_attn, layer.mlp):
-            for name, linear in list(block.named_children()):
-                if name in FIRST_LAYERS:
-                    keep_part(linear, dim=0)
-                if name in SECOND_LAYERS:
-                    keep_part(linear, dim=1)
-                    setattr(block, name, nn.Sequential(linear, Sum()))
-    head = model.language_model.lm_head
-    keep_part(head, dim=0)
-    model.language_model["lm_head"] = nn.Sequential(head, Concatenation(config.vocab_size))
+    mesh = init_device_mesh(torch.device(device).type, (processes,))
+    for name, linear in model.language_model.named_modules():
+        for pattern, style in PLAN.items():
+            if fnmatch(name, pattern):
+                keep_part(linear, mesh, dim=1 if isinstance(style, RowwiseParallel) else 0)
+    parallelize_module(model.language_model, mesh, PLAN)
     # A cache that is made by this has the heads of this process only.
     own_heads = config.num_key_value_heads // processes
     model.config = replace(model.config, text_config=replace(config, num_key_value_heads=own_heads))
+    model.stream = naming_death(model.stream)
     return model
 
 
-def keep_part(linear: nn.Linear, dim: int) -> None:
+def keep_part(linear: nn.Linear, mesh: DeviceMesh, dim: int) -> None:
     """Leaves this process its part of a weight (out, in): some rows (dim 0) or columns (1)."""
     for name, whole in list(linear.named_parameters()):
-        part = whole.chunk(dist.get_world_size(), dim)[dist.get_rank()]
-        setattr(linear, name, nn.Parameter(part.contiguous(), requires_grad=False))
-    linear.out_features, linear.in_features = linear.weight.shape
+        part = whole.chunk(mesh.size(), dim)[mesh.get_rank()].contiguous()
+        part = part.to(mesh.device_type)
+        tensor = DTensor.from_local(
+            part,
+            mesh,
+            [Shard(dim)],
+            run_check=False,
+            shape=whole.shape,
+            stride=whole.stride(),
+        )
+        setattr(linear, name, nn.Parameter(tensor, requires_grad=False))
 
 
-class Sum(nn.Module):
-    """y of one process -> the sum over all processes."""
+def naming_death(stream: Callable) -> Callable:
+    """The same steps; ConnectionError, which ends the program, if another process has died."""
 
-    def forward(self, y: Tensor) -> Tensor:
-        with death_named():
-            dist.all_reduce(y)
-        return y
+    def steps(*arguments, **options) -> Iterator[Tensor]:
+        try:
+            yield from stream(*arguments, **options)
+        except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+                raise
+            raise ConnectionError(
+                "another process has died or cannot be reached; give the same command again "
+                f"({error})"
+            ) from None
 
-
-class Concatenation(nn.Module):
-    """y (..., part of the width) of one process -> (..., width); the last part may be narrower."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.width = width
-
-    def forward(self, y: Tensor) -> Tensor:
-        part_width = math.ceil(self.width / dist.get_world_size())
-        y = F.pad(y, (0, part_width - y.shape[-1]))
-        parts = [torch.empty_like(y) for _ in range(dist.get_world_size())]
-        with death_named():
-            dist.all_gather(parts, y)
-        return torch.cat(parts, dim=-1)[..., : self.width]
-
-
-@contextmanager
-def death_named() -> Iterator[None]:
-    """Raises ConnectionError, which ends the program and not just a recording, if one has died."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise ConnectionError(
-            f"another process has died or cannot be reached; give the same command again ({error})"
-        ) from None
+    return steps
 
 
 # ---- Checks ----
@@ -253,6 +246,8 @@ def check_options(args: Namespace, is_for_many: bool) -> None:
         return
     if args.timestamps:
         refuse("--timestamps needs all heads, of which with --tensor-parallel a process has some")
+    if args.int8 or args.int4:
+        refuse("--tensor-parallel takes no --int8 and no --int4")
     if args.think or args.adapter:
         refuse("--tensor-parallel takes no adapter; write the merged model with --save first")
     if STDIN in args.words:

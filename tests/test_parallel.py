@@ -11,11 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 import generate
 from af3 import AudioFlamingo3ForConditionalGeneration
 from conftest import ROOT, TINY
-from extras.parallel import check_options, split_model
+from extras.parallel import check_options, keep_part, split_model
 from signals import sound, write_wav
 
 from_pretrained = AudioFlamingo3ForConditionalGeneration.from_pretrained
@@ -124,33 +126,62 @@ def test_a_split_model_draws_the_tokens_of_a_whole_one(run, together, folder):
 
 
 @pytest.fixture
-def part_of(monkeypatch, micro):
-    """The model of one of two processes, the other of which there is not."""
-
-    def load(rank):
-        monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-        monkeypatch.setattr(dist, "get_rank", lambda: rank)
-        return split_model(from_pretrained(micro, "cpu"))
-
-    return load
+def alone():
+    """A process group of this process only."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
-def linear_layers(model) -> list[nn.Linear]:
-    return [layer for layer in model.language_model.modules() if isinstance(layer, nn.Linear)]
+def test_each_process_keeps_its_part_of_a_weight(alone, monkeypatch):
+    mesh = init_device_mesh("cpu", (1,))
+    monkeypatch.setattr(type(mesh), "size", lambda self: 2)
+    for dim in (0, 1):
+        linear = nn.Linear(6, 4, bias=dim == 0)
+        whole = linear.weight.detach().clone()
+        keep_part(linear, mesh, dim)
+        assert torch.equal(linear.weight.to_local(), whole.chunk(2, dim)[0])
+        assert linear.weight.shape == whole.shape
 
 
-def test_two_processes_have_the_halves_of_each_linear_layer(model, part_of):
-    layers = zip(linear_layers(model), linear_layers(part_of(0)), linear_layers(part_of(1)))
-    for whole, first, second in layers:
-        dim = int(first.weight.shape[0] == whole.weight.shape[0])
-        assert torch.equal(torch.cat([first.weight, second.weight], dim), whole.weight)
-        assert abs(first.weight.numel() - second.weight.numel()) <= whole.in_features
-    assert len(linear_layers(part_of(0))) == 7 * 2 + 1
+def test_every_linear_layer_of_the_decoder_is_split(alone, micro):
+    split = split_model(from_pretrained(micro, "cpu"))
+    weights = [m.weight for m in split.language_model.modules() if isinstance(m, nn.Linear)]
+    assert len(weights) == 7 * 2 + 1
+    assert all(isinstance(weight, DTensor) for weight in weights)
 
 
-def test_the_cache_of_a_process_has_its_heads_only(part_of):
-    cache = part_of(0).new_cache(rows=1, capacity=3)
-    assert cache.keys[0].shape == (1, 1, 3, 12)  # one key-value head of two
+PART_SIZES = """
+import sys
+import torch.distributed as dist
+from af3 import AudioFlamingo3ForConditionalGeneration
+from extras.parallel import split_model
+dist.init_process_group("gloo")
+model = AudioFlamingo3ForConditionalGeneration.from_pretrained(sys.argv[1], "cpu")
+whole = sum(p.numel() for p in model.language_model.model.layers.parameters())
+parts = split_model(model).language_model.model.layers.parameters()
+part = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in parts)
+print(model.new_cache(1, 3).keys[0].shape[1], part / whole)
+dist.barrier()
+sys.stdout.flush()
+__import__("os")._exit(0)
+"""
+
+
+def test_a_process_of_two_has_half_of_the_heads_and_of_the_weights(micro, tmp_path):
+    program = tmp_path / "sizes.py"
+    program.write_text(PART_SIZES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [*command, program, micro], capture_output=True, text=True, env=environment
+    )
+    lines = result.stdout.splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        heads, share = line.split()
+        assert heads == "1"  # of two
+        assert 0.5 <= float(share) < 0.52  # the norms are whole
 
 
 def test_heads_that_cannot_be_divided_are_refused_with_both_numbers(monkeypatch):
@@ -172,6 +203,7 @@ def test_one_process_is_not_enough_to_split_a_model(run, clip):
         (["--chat"], "--chat is for one process"),
         (["--explain="], "--explain is for one process"),
         (["--tensor-parallel", "--timestamps"], "--timestamps needs all heads"),
+        (["--tensor-parallel", "--int4"], "takes no --int8 and no --int4"),
         (["--tensor-parallel", "--think"], "takes no adapter"),
         (["--tensor-parallel", "--adapter", "x"], "takes no adapter"),
     ],
