@@ -13,11 +13,10 @@ import argparse
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import tee
 from pathlib import Path
-from typing import TextIO
 
 from plumbing import terminal
 
@@ -36,6 +35,7 @@ from af3 import (
 )
 from load_weights import is_quantized
 from plumbing.audio_file import AUDIO_SUFFIXES, check_is_no_url, stdin_as_file
+from plumbing.processes import num_processes
 from plumbing.terminal import refuse
 from plumbing.words import STDIN, split_words
 from processor import AudioFlamingo3Processor, check_plain_prompt
@@ -162,15 +162,6 @@ def main() -> int:
         return 2
 
 
-def num_processes() -> int:
-    """How many torchrun has started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_first_process() -> bool:
-    return num_processes() == 1 or os.environ["RANK"] == "0"
-
-
 def joined_processes() -> AbstractContextManager:
     if num_processes() == 1:
         return nullcontext()
@@ -218,7 +209,9 @@ def run(args: argparse.Namespace) -> int:
     elif args.explain is not None:
         explain_one(args, recordings, prompt, options)
     elif wants_json_lines(args, recordings):
-        return answer_many(args, recordings, prompt, options)
+        from extras.json_lines import answer_many
+
+        return answer_many(args, recordings, prompt, options, load_model)
     else:
         answer_one(args, recordings[0], prompt, options)
     return 0
@@ -408,84 +401,6 @@ def explain_one(args: argparse.Namespace, recordings: list, prompt: str, options
     write_page(args.explain, processor, model, waveform, recordings[0], prompt, options)
     if not args.quiet:
         print(f"{args.explain}: open it in a browser", file=sys.stderr)
-
-
-def answer_many(args: argparse.Namespace, recordings: list, prompt: str, options: dict) -> int:
-    """Prints a JSON line for each recording; `extras/batch.py` says more. The exit status."""
-    from extras import batch
-
-    batch_size = 8 if args.batch_size is None else args.batch_size
-    if batch_size < 1:
-        raise ValueError(f"--batch-size is {batch_size}; at least 1 is expected.")
-    processor = AudioFlamingo3Processor.from_pretrained(args.model)
-    all_jobs = []
-    jobs = []
-    output = sys.stdout
-    if is_first_process():
-        all_jobs = batch.read_jobs(args.prompts, recordings, prompt, parse_fields(args.fields))
-        jobs, output = leave_out_answered(args, all_jobs)
-        batch.check_jobs(jobs, args.choose, args.timestamps)
-    progress = terminal.Progress(len(jobs), args.quiet)
-    is_shared = num_processes() > 1 and not args.tensor_parallel
-
-    def answer(share: list) -> Iterator:
-        model = load_model(args)
-        progress.restart()
-        of_share = None if is_shared else progress
-        return batch.answer_jobs(
-            share, processor, model, batch_size, of_share, args.choose, args.timestamps, **options
-        )
-
-    if num_processes() > 1:
-        from extras import parallel
-
-        jobs = parallel.from_first_process(jobs)
-    if is_shared:
-        answers = parallel.share_jobs(jobs, answer, progress)
-    else:
-        answers = answer(jobs) if jobs else []
-    answered = 0
-    for job in answers:
-        print(batch.as_json_line(job, output.encoding), file=output, flush=True)
-        answered += int("response" in job)
-    if not args.quiet:
-        before = len(all_jobs) - len(jobs)
-        print(summary_of_many(answered, len(jobs), before, progress.seconds()), file=sys.stderr)
-    return 0 if answered == len(jobs) else 1
-
-
-def summary_of_many(answered: int, asked: int, before: int, seconds: float) -> str:
-    if asked == 0:
-        return "nothing left to answer; for other options choose another file"
-    earlier = f" (and {before} before)" if before else ""
-    return f"answered {answered} of {asked}{earlier} in {seconds:.1f} s"
-
-
-def leave_out_answered(args: argparse.Namespace, jobs: list) -> tuple[list, TextIO]:
-    """The jobs that --resume and --output leave to do, and where their lines are written."""
-    from extras import batch
-
-    all_jobs = jobs
-    if args.resume and os.path.exists(args.resume):
-        jobs = batch.leave_out_answered(jobs, args.resume)
-        batch.end_cut_line(args.resume)
-    if not args.output:
-        return jobs, sys.stdout
-    output = batch.open_output(args.output, all_jobs)
-    return batch.leave_out_answered(jobs, args.output), output
-
-
-def parse_fields(text: str | None) -> dict[str, str]:
-    """{"audio": ..., "prompt": ...} of "audio=NAME,prompt=NAME", either of which may be absent."""
-    names = {}
-    for pair in (text or "").split(","):
-        own, _, name = pair.partition("=")
-        is_second = own in names or name in names.values()
-        if pair and (own not in ("audio", "prompt") or not name or is_second):
-            refuse(f"--fields is {text!r}; audio=NAME,prompt=NAME is expected")
-        if pair:
-            names[own] = name
-    return names
 
 
 if __name__ == "__main__":

@@ -5,20 +5,16 @@ other fields, which are kept. Its outcome is a "response" or an "error".
 
     jobs = read_jobs(None, ["recordings/"], "What sound is this?")
     for job in answer_jobs(jobs, processor, model, batch_size=16):
-        print(as_json_line(job))
+        print(job)
 """
 
 import json
 import os
-import shutil
 import sys
-import tempfile
 import warnings
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TextIO
 
 import torch
 from torch import Tensor
@@ -418,102 +414,3 @@ def with_choices(prompt: str, choices: list[str]) -> str:
     for number, choice in enumerate(choices):
         lines.append(f"({chr(ord('A') + number)}) {choice}")
     return "\n".join(lines)
-
-
-# ---- Writing answers, and going on after an interruption ----
-
-
-def as_json_line(job: dict, encoding: str = "utf-8") -> str:
-    """JSON without control characters; without other characters that the encoding may lack."""
-    line = json.dumps(job, ensure_ascii=encoding.lower() != "utf-8")
-    return line.translate({code: f"\\u{code:04x}" for code in range(127, 160)})
-
-
-def leave_out_answered(jobs: list[Job], path: str) -> list[Job]:
-    """The jobs without a response among the JSON lines in `path`.
-
-    A job that is there twice needs two responses.
-    """
-    check_is_file(Path(path))
-    answered = Counter()
-    for line in Path(path).read_text(encoding="utf-8-sig", errors="replace").split("\n"):
-        entry = parse_line(line)
-        if isinstance(entry, dict) and "response" in entry:
-            answered[job_key(entry)] += 1
-    remaining = []
-    for job in jobs:
-        key = job_key(job)
-        if answered[key] > 0:
-            answered[key] -= 1
-        else:
-            remaining.append(job)
-    return remaining
-
-
-def job_key(entry: dict) -> str:
-    """An entry without its outcome, to recognise it by."""
-    written = (*OUTCOMES, TIMESTAMPS)
-    asked = {name: value for name, value in entry.items() if name not in written}
-    if isinstance(asked.get("audio"), str):
-        asked["audio"] = os.path.normpath(asked["audio"])
-    return json.dumps(asked, sort_keys=True)
-
-
-def open_output(path: str, jobs: list[Job]) -> TextIO:
-    """The file of JSON lines at `path`, opened to add what the `jobs` without a response give.
-
-    Of an earlier run, the errors of these jobs and a last line that was cut off are removed
-    first, in a copy that then takes the file's place: whenever the program is killed, no
-    response is lost. Raises ValueError for a file that holds anything but such lines.
-    """
-    check_is_file(Path(path))
-    path = os.path.realpath(path)  # a link stays one
-    keys = {job_key(job) for job in jobs}
-    file = open_alone(path)
-    lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
-    kept = []
-    for number, line in enumerate(lines, start=1):
-        entry = parse_line(line)
-        is_outcome = isinstance(entry, dict) and any(name in entry for name in OUTCOMES)
-        is_cut_off = entry is None and number == len(lines) and line.startswith("{")
-        if line.strip() and not is_outcome and not is_cut_off:
-            raise ValueError(f"{path}: line {number} is no answer; choose another file.")
-        if is_outcome and ("response" in entry or job_key(entry) not in keys):
-            kept.append(line + "\n")
-    if "".join(kept) != "\n".join(lines):
-        replace_content(path, kept)
-        file.close()
-        file = open_alone(path)
-    return file
-
-
-def open_alone(path: str) -> TextIO:
-    """The file, opened to append to it. Raises ValueError while another run has it open so."""
-    file = open(path, "a", encoding="utf-8")
-    with suppress(ImportError):  # not on Windows
-        import fcntl
-
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{path}: another run is writing it; wait until it ends.") from None
-    return file
-
-
-def replace_content(path: str, lines: list[str]) -> None:
-    """Writes another file, which then takes the place of the one at `path`."""
-    folder, name = os.path.split(path)
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=folder, prefix=f".{name}.", delete=False
-    ) as file:
-        file.writelines(lines)
-    shutil.copymode(path, file.name)
-    os.replace(file.name, path)
-
-
-def end_cut_line(path: str) -> None:
-    """If stdout appends to the file `path`, and its last line is cut off, ends that line."""
-    with suppress(OSError), open(path, "rb") as file:  # it may be empty, and stdout no file
-        file.seek(-1, os.SEEK_END)
-        if os.path.sameopenfile(file.fileno(), sys.stdout.fileno()) and file.read() != b"\n":
-            print()

@@ -24,6 +24,7 @@ USES = {
     "finetune": {"batch", "lora"},
     "int4": {"float32_products"},
     "parallel": {"batch"},
+    "json_lines": {"batch", "parallel"},
     "quantize": {"float32_products", "int4"},
     "score": {"batch"},
 }

@@ -1,0 +1,205 @@
+"""Many recordings on the command line: a JSON line for each, and going on after an interruption."""
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TextIO
+
+from extras.batch import (
+    OUTCOMES,
+    TIMESTAMPS,
+    Job,
+    answer_jobs,
+    check_jobs,
+    parse_line,
+    read_jobs,
+)
+from load_weights import check_is_file
+from plumbing.processes import is_first_process, num_processes
+from plumbing.terminal import Progress, refuse
+from processor import AudioFlamingo3Processor
+
+
+def answer_many(
+    args: Namespace, recordings: list[str], prompt: str, options: dict, load_model: Callable
+) -> int:
+    """Prints a JSON line for each recording or entry, and returns the exit status.
+
+    args: the command line. load_model: gives the model that it asks for.
+    """
+    batch_size = 8 if args.batch_size is None else args.batch_size
+    if batch_size < 1:
+        raise ValueError(f"--batch-size is {batch_size}; at least 1 is expected.")
+    processor = AudioFlamingo3Processor.from_pretrained(args.model)
+    all_jobs = []
+    jobs = []
+    output = sys.stdout
+    if is_first_process():
+        all_jobs = read_jobs(args.prompts, recordings, prompt, parse_fields(args.fields))
+        jobs, output = leave_out_answered(args, all_jobs)
+        check_jobs(jobs, args.choose, args.timestamps)
+    progress = Progress(len(jobs), args.quiet)
+    is_shared = num_processes() > 1 and not args.tensor_parallel
+
+    def answer(share: list[Job]) -> Iterator[Job]:
+        model = load_model(args)
+        progress.restart()
+        of_share = None if is_shared else progress
+        return answer_jobs(
+            share, processor, model, batch_size, of_share, args.choose, args.timestamps, **options
+        )
+
+    if num_processes() > 1:
+        from extras import parallel
+
+        jobs = parallel.from_first_process(jobs)
+    if is_shared:
+        answers = parallel.share_jobs(jobs, answer, progress)
+    else:
+        answers = answer(jobs) if jobs else []
+    answered = 0
+    for job in answers:
+        print(as_json_line(job, output.encoding), file=output, flush=True)
+        answered += int("response" in job)
+    if not args.quiet:
+        before = len(all_jobs) - len(jobs)
+        print(summary_of_many(answered, len(jobs), before, progress.seconds()), file=sys.stderr)
+    return 0 if answered == len(jobs) else 1
+
+
+def summary_of_many(answered: int, asked: int, before: int, seconds: float) -> str:
+    if asked == 0:
+        return "nothing left to answer; for other options choose another file"
+    earlier = f" (and {before} before)" if before else ""
+    return f"answered {answered} of {asked}{earlier} in {seconds:.1f} s"
+
+
+def leave_out_answered(args: Namespace, jobs: list[Job]) -> tuple[list[Job], TextIO]:
+    """The jobs that --resume and --output leave to do, and where their lines are written."""
+    all_jobs = jobs
+    if args.resume and os.path.exists(args.resume):
+        jobs = leave_out_answered_in(jobs, args.resume)
+        end_cut_line(args.resume)
+    if not args.output:
+        return jobs, sys.stdout
+    output = open_output(args.output, all_jobs)
+    return leave_out_answered_in(jobs, args.output), output
+
+
+def parse_fields(text: str | None) -> dict[str, str]:
+    """{"audio": ..., "prompt": ...} of "audio=NAME,prompt=NAME", either of which may be absent."""
+    names = {}
+    for pair in (text or "").split(","):
+        own, _, name = pair.partition("=")
+        is_second = own in names or name in names.values()
+        if pair and (own not in ("audio", "prompt") or not name or is_second):
+            refuse(f"--fields is {text!r}; audio=NAME,prompt=NAME is expected")
+        if pair:
+            names[own] = name
+    return names
+
+
+# ---- Lines, and going on after an interruption ----
+
+
+def as_json_line(job: dict, encoding: str = "utf-8") -> str:
+    """JSON without control characters; without other characters that the encoding may lack."""
+    line = json.dumps(job, ensure_ascii=encoding.lower() != "utf-8")
+    return line.translate({code: f"\\u{code:04x}" for code in range(127, 160)})
+
+
+def leave_out_answered_in(jobs: list[Job], path: str) -> list[Job]:
+    """The jobs without a response among the JSON lines in `path`.
+
+    A job that is there twice needs two responses.
+    """
+    check_is_file(Path(path))
+    answered = Counter()
+    for line in Path(path).read_text(encoding="utf-8-sig", errors="replace").split("\n"):
+        entry = parse_line(line)
+        if isinstance(entry, dict) and "response" in entry:
+            answered[job_key(entry)] += 1
+    remaining = []
+    for job in jobs:
+        key = job_key(job)
+        if answered[key] > 0:
+            answered[key] -= 1
+        else:
+            remaining.append(job)
+    return remaining
+
+
+def job_key(entry: dict) -> str:
+    """An entry without its outcome, to recognise it by."""
+    written = (*OUTCOMES, TIMESTAMPS)
+    asked = {name: value for name, value in entry.items() if name not in written}
+    if isinstance(asked.get("audio"), str):
+        asked["audio"] = os.path.normpath(asked["audio"])
+    return json.dumps(asked, sort_keys=True)
+
+
+def open_output(path: str, jobs: list[Job]) -> TextIO:
+    """The file of JSON lines at `path`, opened to add what the `jobs` without a response give.
+
+    Of an earlier run, the errors of these jobs and a last line that was cut off are removed
+    first, in a copy that then takes the file's place: whenever the program is killed, no
+    response is lost. Raises ValueError for a file that holds anything but such lines.
+    """
+    check_is_file(Path(path))
+    path = os.path.realpath(path)  # a link stays one
+    keys = {job_key(job) for job in jobs}
+    file = open_alone(path)
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
+    kept = []
+    for number, line in enumerate(lines, start=1):
+        entry = parse_line(line)
+        is_outcome = isinstance(entry, dict) and any(name in entry for name in OUTCOMES)
+        is_cut_off = entry is None and number == len(lines) and line.startswith("{")
+        if line.strip() and not is_outcome and not is_cut_off:
+            raise ValueError(f"{path}: line {number} is no answer; choose another file.")
+        if is_outcome and ("response" in entry or job_key(entry) not in keys):
+            kept.append(line + "\n")
+    if "".join(kept) != "\n".join(lines):
+        replace_content(path, kept)
+        file.close()
+        file = open_alone(path)
+    return file
+
+
+def open_alone(path: str) -> TextIO:
+    """The file, opened to append to it. Raises ValueError while another run has it open so."""
+    file = open(path, "a", encoding="utf-8")
+    with suppress(ImportError):  # not on Windows
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{path}: another run is writing it; wait until it ends.") from None
+    return file
+
+
+def replace_content(path: str, lines: list[str]) -> None:
+    """Writes another file, which then takes the place of the one at `path`."""
+    folder, name = os.path.split(path)
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=folder, prefix=f".{name}.", delete=False
+    ) as file:
+        file.writelines(lines)
+    shutil.copymode(path, file.name)
+    os.replace(file.name, path)
+
+
+def end_cut_line(path: str) -> None:
+    """If stdout appends to the file `path`, and its last line is cut off, ends that line."""
+    with suppress(OSError), open(path, "rb") as file:  # it may be empty, and stdout no file
+        file.seek(-1, os.SEEK_END)
+        if os.path.sameopenfile(file.fileno(), sys.stdout.fileno()) and file.read() != b"\n":
+            print()
