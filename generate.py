@@ -143,15 +143,16 @@ def join_page_name(words: list[str]) -> list[str]:
 def main() -> int:
     """The exit status: 0, or 2 for bad input or too little memory, with one line `error: ...`.
 
-    1 if some of many recordings have no answer. Ctrl-C leaves with 130 and keeps what has been
-    printed.
+    1 if some of many recordings have no answer, but 0 under torchrun. Ctrl-C leaves with 130 and
+    keeps what has been printed.
     """
     terminal.prepare_streams()
     try:
         with joined_processes():
             words = join_page_name(sys.argv[1:])
             status = run(make_parser().parse_intermixed_args(words))
-        # torchrun takes any other status for a crash. What has no answer is on stderr.
+            sys.stdout.flush()  # os._exit does not; a reader that is gone is noticed here
+        # torchrun takes any other status for a crash. The lines say which recordings failed.
         if num_processes() > 1:
             return 0
         return status
@@ -188,7 +189,7 @@ def run(args: argparse.Namespace) -> int:
     options = generation_options(args)
     if STDIN in recordings and (args.chat or wants_json_lines(args, recordings)):
         raise ValueError(
-            "- is answered only by itself, without other recordings and without --chat, "
+            "Standard input, -, must be the only recording; it does not go with --chat, "
             "--prompts, --output, --resume and --batch-size."
         )
     if args.tensor_parallel or num_processes() > 1:
@@ -235,19 +236,32 @@ def check_combination(args: argparse.Namespace) -> None:
         needs["timestamps"] = "answers without --chat, --explain and --save"
     if args.save and args.words:
         refuse("--save answers nothing; a recording or prompt has no effect")
-    if args.save and is_same_file(args.save, args.model):
-        refuse("--save is the directory of --model; choose another")
+    if args.save and os.path.exists(args.save) and not is_empty_folder(args.save):
+        refuse(f"--save is {args.save}, which exists; choose a new or an empty directory")
     if args.int8 and args.int4:
         refuse("--int8 and --int4 exclude each other")
     for name, needed in needs.items():
-        if getattr(args, name) not in (None, False) and not args.prompts:
+        value = getattr(args, name)
+        if value is not None and value is not False and not args.prompts:
             refuse(f"--{name.replace('_', '-')} is only for {needed}")
     if args.output and args.resume:
         refuse("--output goes on by itself; --resume is for standard output")
     if args.output and args.prompts and is_same_file(args.output, args.prompts):
         refuse(f"--output is the file of --prompts, {args.prompts}, which would be lost")
-    if args.choose and (args.do_sample or args.max_new_tokens is not None):
-        refuse("--choose generates nothing, so --sample and --max-new-tokens have no effect")
+    if args.choose or args.save:
+        check_no_generation(args)
+
+
+def check_no_generation(args: argparse.Namespace) -> None:
+    mode = "--choose" if args.choose else "--save"
+    for option in ("do_sample", "max_new_tokens", "repetition_penalty"):
+        if getattr(args, option) not in (None, False):
+            name = "--sample" if option == "do_sample" else f"--{option.replace('_', '-')}"
+            refuse(f"{mode} generates nothing, so {name} has no effect")
+
+
+def is_empty_folder(path: str) -> bool:
+    return os.path.isdir(path) and not os.listdir(path)
 
 
 def is_same_file(path: str, other: str) -> bool:
@@ -289,9 +303,10 @@ def load_model(args: argparse.Namespace) -> AudioFlamingo3ForConditionalGenerati
 
 
 def use_one_thread_if_small(model: AudioFlamingo3ForConditionalGeneration) -> None:
-    """Threads of a small model mostly wait for each other, and on a busy machine much longer.
+    """In a small model threads mostly wait for each other, and on a busy machine much longer.
 
-    An answer of tiny/ takes as long on one thread as on two, but with two busy neighbours a third.
+    An answer of tiny/ takes as long on one thread as on two. Beside two busy programs it takes a
+    third of the time.
     """
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     if num_parameters < 20_000_000 and "OMP_NUM_THREADS" not in os.environ:

@@ -1,9 +1,10 @@
 """Products in float32 for a CPU without bfloat16 arithmetic: a part of a weight at a time.
 
-Many CPUs have no instructions for bfloat16 (AVX512-BF16, AMX). There PyTorch multiplies a matrix by
-many tokens in bfloat16 more slowly than it converts both to float32 and multiplies them then. The
-result, rounded to bfloat16 again, is as exact. Decoding, with a token or a few at a time, stays as
-it is: it takes the time in which the weights are read, and bfloat16 is half of what float32 is.
+Many CPUs have no instructions for bfloat16 (AVX512-BF16, AMX). There PyTorch takes less time to
+convert many tokens and the weight to float32, and to multiply those, than to multiply them in
+bfloat16. The result, rounded to bfloat16, is as exact. When few tokens are multiplied, as in
+decoding, the time goes into reading the weights, and bfloat16 has half the bytes; so nothing
+changes there.
 """
 
 import time
@@ -19,45 +20,36 @@ FEWEST_TOKENS = 32  # for which the conversion pays
 
 
 class Float32ProductLinear(nn.Linear):
-    """The same linear layer; many tokens are multiplied in float32."""
-
-    def __init__(self, linear: nn.Linear):
-        nn.Module.__init__(self)  # not nn.Linear's, which makes new weights
-        self.__dict__.update(linear.__dict__)
+    """A linear layer that multiplies many tokens in float32."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not multiplies_in_float32(x) or count_tokens(x) < FEWEST_TOKENS:
+        if not is_faster_in_float32(x) or count_tokens(x) < FEWEST_TOKENS:
             return super().forward(x)
         return multiply_in_chunks(x, self.weight.split(chunk_rows(self.in_features)), self.bias)
 
 
 class Float32ProductConv1d(nn.Conv1d):
-    """The same convolution, in float32; the encoder's two have small weights."""
-
-    def __init__(self, conv: nn.Conv1d):
-        nn.Module.__init__(self)
-        self.__dict__.update(conv.__dict__)
+    """A convolution in float32. The encoder's two, which have a bias, are converted whole."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not multiplies_in_float32(x):
+        if not is_faster_in_float32(x):
             return super().forward(x)
         y = self._conv_forward(x.float(), self.weight.float(), self.bias.float())
         return y.to(x.dtype)
 
 
 def use_float32_products(model: nn.Module) -> nn.Module:
-    """Replaces linear layers and convolutions if the model is in bfloat16 on such a CPU.
+    """Changes linear layers and convolutions if the model is in bfloat16 on such a CPU.
 
-    Returns the model. No weight is copied, and none gets another name.
+    Returns the model. A layer keeps its weights under their names, and gets another `forward`.
     """
-    if not multiplies_in_float32(next(model.parameters())):
+    if not is_faster_in_float32(next(model.parameters())):
         return model
-    for module in list(model.modules()):
-        for name, layer in module.named_children():
-            if type(layer) is nn.Linear:
-                setattr(module, name, Float32ProductLinear(layer))
-            if type(layer) is nn.Conv1d:
-                setattr(module, name, Float32ProductConv1d(layer))
+    for layer in model.modules():
+        if type(layer) is nn.Linear:
+            layer.__class__ = Float32ProductLinear
+        elif type(layer) is nn.Conv1d:
+            layer.__class__ = Float32ProductConv1d
     return model
 
 
@@ -86,10 +78,10 @@ def count_tokens(x: Tensor) -> int:
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which many tokens x are multiplied fastest."""
-    return torch.float32 if multiplies_in_float32(x) else x.dtype
+    return torch.float32 if is_faster_in_float32(x) else x.dtype
 
 
-def multiplies_in_float32(x: Tensor) -> bool:
+def is_faster_in_float32(x: Tensor) -> bool:
     return x.is_cpu and x.dtype == torch.bfloat16 and is_bfloat16_slow()
 
 
@@ -97,11 +89,11 @@ def multiplies_in_float32(x: Tensor) -> bool:
 def is_bfloat16_slow() -> bool:
     """Whether a product of many tokens takes longer in bfloat16 than with a conversion.
 
-    Measured, within a few milliseconds: what a CPU can do and what PyTorch makes of it are two
-    things.
+    Measured, in about 50 ms: what a CPU can do and what PyTorch makes of it are two things. Where
+    both take about as long, another run may choose the other way, and round differently.
     """
-    x = torch.ones(128, 1024, dtype=torch.bfloat16)
-    weight = torch.ones(1024, 1024, dtype=torch.bfloat16)
+    x = torch.ones(128, 1024, dtype=torch.bfloat16, device="cpu")
+    weight = torch.ones(1024, 1024, dtype=torch.bfloat16, device="cpu")
     in_bfloat16 = []
     in_float32 = []
     for _ in range(5):

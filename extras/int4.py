@@ -1,7 +1,7 @@
 """int4 weights: a linear layer in 4.5 bits a weight, less than a third of the bytes of bfloat16.
 
-A weight is (q - 8) * scale + zero, where q is 0 to 15, and 64 weights of a row share scale and
-zero. A few tokens are multiplied by PyTorch's own operator. For many tokens the weights are
+A weight is (q - 8) * scale + zero, with q from 0 to 15, which is the form that PyTorch's operator
+expects: zero is the weight that q = 8 stands for. 64 weights of a row share scale and zero. A few tokens are multiplied by PyTorch's own operator. For many tokens the weights are
 computed first, a few rows at a time.
 """
 
@@ -42,6 +42,7 @@ class Int4Linear(nn.Module):
         self.register_buffer("scales_and_zeros", scales)
         self.bias = linear.bias
 
+    @torch.no_grad()
     def fill(self, weight: Tensor) -> None:
         width = self.packed.shape[1]
         step = round_up(chunk_rows(width), BLOCK)
@@ -52,8 +53,8 @@ class Int4Linear(nn.Module):
             q, scale, zero = quantize_groups(part.unflatten(1, (-1, GROUP)))
             blocks = slice(start // BLOCK, (start + num_rows) // BLOCK)
             self.packed[blocks] = pack(q.flatten(1), BLOCK)
-            of_rows = torch.cat([scale, zero], dim=-1).transpose(0, 1)  # (groups, rows, 2)
-            self.scales_and_zeros[:, start : start + num_rows] = of_rows
+            factors = torch.cat([scale, zero], dim=-1).transpose(0, 1)  # (groups, rows, 2)
+            self.scales_and_zeros[:, start : start + num_rows] = factors
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.pad(x, (0, self.packed.shape[1] - self.in_features))
@@ -68,11 +69,11 @@ class Int4Linear(nn.Module):
 
     def multiply_few(self, x: Tensor) -> Tensor:
         """By PyTorch's int4 operator, which is quick in bfloat16 only."""
-        tokens = x.flatten(0, -2).bfloat16()
+        tokens = x.reshape(-1, x.shape[-1]).contiguous().bfloat16()
         packed = self.packed.view(self.scales_and_zeros.shape[1], -1)
-        scales_and_zeros = self.scales_and_zeros.bfloat16()
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(tokens, packed, GROUP, scales_and_zeros)
-        return y.unflatten(0, x.shape[:-1]).to(x.dtype)
+        factors = self.scales_and_zeros
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(tokens, packed, GROUP, factors)
+        return y.view(*x.shape[:-1], -1).to(x.dtype)
 
     def chunks(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """The weights (some of out, in), a few blocks at a time.
@@ -85,8 +86,8 @@ class Int4Linear(nn.Module):
         memory = torch.empty(width * num_rows, dtype=dtype, device=self.packed.device)
         packed = self.packed.split(num_rows // self.block_rows())
         scales_and_zeros = self.scales_and_zeros.split(num_rows, dim=1)
-        for of_rows, factors in zip(packed, scales_and_zeros):
-            yield dequantize(of_rows, factors, memory)
+        for blocks, factors in zip(packed, scales_and_zeros):
+            yield dequantize(blocks, factors, memory)
 
     def block_rows(self) -> int:
         return self.packed.shape[2] * 2
@@ -164,7 +165,7 @@ def operator_packing() -> int | None:
     """
     if not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):  # before torch 2.6
         return None
-    q = torch.arange(128 * 2).view(128, 2) % 13
+    q = torch.arange(128 * 2, device="cpu").view(128, 2) % 13
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1)
     for block_rows in (64, 32):
         if torch.equal(pack(q.to(torch.uint8), block_rows).flatten(), packed.flatten()):

@@ -51,9 +51,9 @@ def answer_many(
     def answer(share: list[Job]) -> Iterator[Job]:
         model = load_model(args)
         progress.restart()
-        of_share = None if is_shared else progress
+        shown = None if is_shared else progress  # share_jobs shows that of all shares
         return answer_jobs(
-            share, processor, model, batch_size, of_share, args.choose, args.timestamps, **options
+            share, processor, model, batch_size, shown, args.choose, args.timestamps, **options
         )
 
     if num_processes() > 1:
@@ -156,7 +156,7 @@ def open_output(path: str, jobs: list[Job]) -> TextIO:
     path = os.path.realpath(path)  # a link stays one
     keys = {job_key(job) for job in jobs}
     file = open_alone(path)
-    lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
+    lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").split("\n")
     kept = []
     for number, line in enumerate(lines, start=1):
         entry = parse_line(line)

@@ -42,13 +42,13 @@ CPU = torch.device("cpu")
 def joined_processes() -> Iterator[None]:
     """Inside, the processes can talk. At its end each waits for the others."""
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    # Nothing is too long to wait for: when another process dies, its connections end.
+    # Nothing is too long to wait for: gloo notices at once when another process dies.
     dist.init_process_group(backend, timeout=timedelta(days=365))
     if dist.get_rank() == 0:
         # torchrun sends it to the others when one has died. The first must be able to say so.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     else:
-        sys.stdout = sys.stderr = open(os.devnull, "w")
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
     # Without --seed, too, processes that split a model have to draw the same tokens.
     torch.manual_seed(from_first_process(torch.initial_seed()))
     yield
@@ -158,9 +158,9 @@ def start_thread(function: Callable, *arguments) -> None:
 
 # ---- Splitting the model ----
 
-# Between two linear layers each process has some of the channels: some rows of the first weight,
-# which PyTorch calls column-wise after the transposed weight, and the same columns of the second,
-# whose outputs are summed over the processes.
+# q, k, v, gate and up keep some of their output channels: rows of the weight (out, in), which
+# PyTorch calls column-wise, after the transposed weight. o and down keep the input channels that
+# match, and their outputs are added over the processes.
 PLAN = {
     "model.layers.*.self_attn.q_proj": ColwiseParallel(),
     "model.layers.*.self_attn.k_proj": ColwiseParallel(),
@@ -198,7 +198,10 @@ def split_model(
 
 
 def keep_part(linear: nn.Linear, mesh: DeviceMesh, dim: int) -> None:
-    """Leaves this process its part of a weight (out, in): some rows (dim 0) or columns (1)."""
+    """Leaves this process its part of a weight (out, in): some rows (dim 0) or columns (1).
+
+    `parallelize_module` takes it as it is. Whole weights it would send from the first process.
+    """
     for name, whole in list(linear.named_parameters()):
         part = whole.chunk(mesh.size(), dim)[mesh.get_rank()].contiguous()
         part = part.to(mesh.device_type)
@@ -246,6 +249,8 @@ def check_options(args: Namespace, is_for_many: bool) -> None:
         return
     if args.timestamps:
         refuse("--timestamps needs all heads, of which with --tensor-parallel a process has some")
+    if args.choose:
+        refuse("--choose is for processes that share recordings, without --tensor-parallel")
     if args.int8 or args.int4:
         refuse("--tensor-parallel takes no --int8 and no --int4")
     if args.think or args.adapter:

@@ -34,6 +34,7 @@ class Int8Linear(nn.Module):
         self.in_features = linear.in_features
         self.chunk_rows = chunk_rows(linear.in_features)
 
+    @torch.no_grad()
     def fill(self, weight: Tensor) -> None:
         smallest = torch.finfo(self.scale.dtype).tiny  # the scale of a row of zeros
         for start in range(0, len(weight), self.chunk_rows):
@@ -41,14 +42,14 @@ class Int8Linear(nn.Module):
             part = weight[rows].float()
             scale = self.scale[rows]  # a view
             scale.copy_(part.abs().amax(1) / 127).clamp_(min=smallest)
-            self.weight[rows] = part.div_(scale[:, None]).round_()
+            self.weight[rows] = (part / scale[:, None]).round_()
 
     def forward(self, x: Tensor) -> Tensor:
         # In torch 2.13 the operator gives wrong results for widths that are no multiple of 16.
         if x.is_cpu and count_tokens(x) <= self.most_tokens and x.shape[-1] % 16 == 0:
-            tokens = x.flatten(0, -2)
+            tokens = x.reshape(-1, x.shape[-1]).contiguous()
             y = torch.ops.aten._weight_int8pack_mm(tokens, self.weight, self.scale)
-            y = y.unflatten(0, x.shape[:-1])
+            y = y.view(*x.shape[:-1], -1)
         else:
             y = multiply_in_chunks(x, self.weight.split(self.chunk_rows)) * self.scale
         if self.bias is not None:
@@ -64,14 +65,12 @@ LAYERS = {8: Int8Linear, 4: Int4Linear}  # by bits
 def quantize(model: nn.Module, bits: int = 8) -> nn.Module:
     """Replaces the decoder's linear layers, `lm_head` too, by int8 or int4 ones; returns the model.
 
-    One layer at a time, so that memory never holds both copies of more than one. Raises ValueError
-    for a model in float16, in which the products would overflow.
+    One attention or MLP at a time, so that memory never holds both copies of more than that. Raises
+    ValueError for a model in float16, in which the products would overflow.
     """
-    if model.dtype == torch.float16:
-        raise ValueError(
-            "dtype is torch.float16, in which the products of whole numbers overflow; "
-            "float32, bfloat16 or, without --int8 and --int4, float16 is expected."
-        )
+    if bits not in LAYERS:
+        raise ValueError(f"bits is {bits!r}; 8 or 4 is expected.")
+    check_is_not_float16(model)
     replace_layers(model, LAYERS[bits], fill=True)
     pack_layers(model, operator_block_rows())
     return model
@@ -132,9 +131,24 @@ def load_quantized(
             super().__init__(config)
             replace_layers(self, layer_class, fill=False)
 
+        def save_pretrained(self, path) -> None:
+            save_quantized(self, path)
+
     model = QuantizedModel.from_pretrained(path, device_map, dtype)
+    check_is_not_float16(model)
+    for layer in model.modules():
+        if isinstance(layer, Int4Linear):
+            layer.scales_and_zeros = layer.scales_and_zeros.bfloat16()  # whatever the model's dtype
     pack_layers(model, operator_block_rows())
     return model
+
+
+def check_is_not_float16(model: nn.Module) -> None:
+    if model.dtype == torch.float16:
+        raise ValueError(
+            "dtype is torch.float16, in which the products of whole numbers overflow; "
+            "float32, bfloat16 or, without --int8 and --int4, float16 is expected."
+        )
 
 
 def read_bits(path: str | Path) -> int:

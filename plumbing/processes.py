@@ -9,4 +9,4 @@ def num_processes() -> int:
 
 
 def is_first_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+    return num_processes() == 1 or os.environ["RANK"] == "0"

@@ -65,7 +65,7 @@ def test_a_recording_is_read_from_standard_input():
 def test_standard_input_is_refused_among_other_recordings(run, clip):
     status, out, err = run("-", clip, "Hi")
     assert (status, out) == (2, "")
-    assert "answered only by itself" in err
+    assert "must be the only recording" in err
 
 
 def test_a_small_model_runs_on_one_thread_unless_the_user_said_otherwise(run, clip, monkeypatch):

@@ -68,7 +68,7 @@ def test_lines_and_warnings_are_those_of_one_process(run, together, folder):
     assert result.returncode == 0  # torchrun would take another status for a crash
 
 
-def test_an_output_file_is_gone_on_with_by_more_processes_than_recordings(
+def test_three_processes_finish_an_output_file_that_lacks_two_answers(
     run, together, clip, tmp_path
 ):
     prompts = tmp_path / "prompts.jsonl"
@@ -133,18 +133,20 @@ def alone():
     dist.destroy_process_group()
 
 
-def test_each_process_keeps_its_part_of_a_weight(alone, monkeypatch):
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_each_process_keeps_its_part_of_a_weight(alone, monkeypatch, rank, dim):
     mesh = init_device_mesh("cpu", (1,))
     monkeypatch.setattr(type(mesh), "size", lambda self: 2)
-    for dim in (0, 1):
-        linear = nn.Linear(6, 4, bias=dim == 0)
-        whole = linear.weight.detach().clone()
-        keep_part(linear, mesh, dim)
-        assert torch.equal(linear.weight.to_local(), whole.chunk(2, dim)[0])
-        assert linear.weight.shape == whole.shape
+    monkeypatch.setattr(type(mesh), "get_rank", lambda self: rank)
+    linear = nn.Linear(6, 4, bias=dim == 0)
+    whole = linear.weight.detach().clone()
+    keep_part(linear, mesh, dim)
+    assert torch.equal(linear.weight.to_local(), whole.chunk(2, dim)[rank])
+    assert linear.weight.shape == whole.shape
 
 
-def test_every_linear_layer_of_the_decoder_is_split(alone, micro):
+def test_the_plan_names_every_linear_layer_of_the_decoder(alone, micro):
     split = split_model(from_pretrained(micro, "cpu"))
     weights = [m.weight for m in split.language_model.modules() if isinstance(m, nn.Linear)]
     assert len(weights) == 7 * 2 + 1
@@ -203,6 +205,7 @@ def test_one_process_is_not_enough_to_split_a_model(run, clip):
         (["--chat"], "--chat is for one process"),
         (["--explain="], "--explain is for one process"),
         (["--tensor-parallel", "--timestamps"], "--timestamps needs all heads"),
+        (["--tensor-parallel", "--choose"], "without --tensor-parallel"),
         (["--tensor-parallel", "--int4"], "takes no --int8 and no --int4"),
         (["--tensor-parallel", "--think"], "takes no adapter"),
         (["--tensor-parallel", "--adapter", "x"], "takes no adapter"),
