@@ -23,6 +23,7 @@ from plumbing import terminal
 if __name__ == "__main__":
     # Before the long imports, in which Ctrl-C would leave with a traceback.
     terminal.exit_on_interrupt(end_line=False)
+    terminal.check_packages(["torch", "numpy", "safetensors", "tiktoken"])
 
 import torch
 from torch import Tensor
@@ -396,6 +397,9 @@ def answer_one(args: argparse.Namespace, recording: str, prompt: str, options: d
     if not args.quiet:
         print(processor.describe_audio(inputs), file=sys.stderr)
         print(timer.summary(), file=sys.stderr)
+        limit = model.generation_config.max_new_tokens
+        if args.max_new_tokens is None and len(timer.seconds) == limit:
+            print(f"stopped after {limit} tokens; --max-new-tokens allows more", file=sys.stderr)
 
 
 def explain_one(args: argparse.Namespace, recordings: list, prompt: str, options: dict) -> None:

@@ -7,6 +7,7 @@ killed, what is left is either whole or refused; nothing is half the old and hal
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ MAX_SHARD_BYTES = 4_500_000_000
 
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+WEIGHT_FILES = r"model(-\d{5}-of-\d{5})?\.safetensors"
 
 PROCESSOR_FILES = [
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
@@ -98,8 +100,9 @@ def replace_files(folder: Path, directory: Path) -> None:
         names.remove("config.json")
         names.append("config.json")  # the last: it makes the directory a checkpoint
         (directory / "config.json").unlink(missing_ok=True)
-        for old in [*directory.glob("model*.safetensors"), directory / INDEX]:
-            old.unlink(missing_ok=True)
+        for old in list(directory.iterdir()):
+            if old.name == INDEX or re.fullmatch(WEIGHT_FILES, old.name):
+                old.unlink()
     for name in names:
         os.replace(folder / name, directory / name)
 

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from itertools import chain, islice
 from typing import NoReturn
 
@@ -62,6 +63,15 @@ def refuse(message: str) -> None:
         if word.startswith("-") and os.path.exists(word):
             raise ValueError(f"{word}: write ./{word}, because names with - are options.")
     raise ValueError(f"{message}; see --help")
+
+
+def check_packages(names: Iterable[str]) -> None:
+    """Leaves with one line where a package is not installed, as in a shell without its venv."""
+    for name in names:
+        if find_spec(name) is None:
+            remedy = "as README.md says, activate .venv or install requirements.txt"
+            print(f"error: the package {name} is not installed; {remedy}", file=sys.stderr)
+            sys.exit(2)
 
 
 def describe_error(error: Exception) -> str:

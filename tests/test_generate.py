@@ -1,6 +1,7 @@
 """The command line: the answer and nothing else on stdout, what was done on stderr, and an exit
 status of 0, 2 or 130."""
 
+import json
 import os
 import subprocess
 import sys
@@ -66,6 +67,16 @@ def test_standard_input_is_refused_among_other_recordings(run, clip):
     status, out, err = run("-", clip, "Hi")
     assert (status, out) == (2, "")
     assert "must be the only recording" in err
+
+
+def test_an_answer_that_the_checkpoint_cuts_short_says_so(run, clip, spoilt):
+    path = spoilt / "generation_config.json"
+    options = json.loads(path.read_text())
+    path.write_text(json.dumps(options | {"max_new_tokens": 2, "eos_token_id": []}))
+    _, _, err = run(clip, "Hi", model=spoilt)
+    assert err.endswith("stopped after 2 tokens; --max-new-tokens allows more\n")
+    _, _, err = run(clip, "Hi", "--max-new-tokens", 2, model=spoilt)
+    assert "stopped" not in err
 
 
 def test_a_small_model_runs_on_one_thread_unless_the_user_said_otherwise(run, clip, monkeypatch):

@@ -143,6 +143,14 @@ print((peak() - before) / head.weight.nbytes)
 """
 
 
+def test_other_files_of_weights_stay(micro, tmp_path):
+    (tmp_path / "model-best.safetensors").touch()
+    (tmp_path / "model-00001-of-00002.safetensors").touch()  # of an earlier checkpoint
+    load(micro).save_pretrained(tmp_path)
+    names = {path.name for path in tmp_path.glob("*.safetensors")}
+    assert names == {"model-best.safetensors", "model.safetensors"}
+
+
 def test_memory_holds_no_second_copy_of_the_weights(micro, tmp_path):
     command = [sys.executable, "-c", MEASURE, str(micro), str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

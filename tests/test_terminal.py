@@ -36,6 +36,16 @@ def test_a_file_name_in_an_error_is_made_printable(run):
     assert err == "error: \\x1b[2Jgone.wav: no such file; a sound file is expected.\n"
 
 
+def test_a_package_that_is_not_installed_is_named_in_one_line(capsys):
+    with pytest.raises(SystemExit) as left:
+        terminal.check_packages(["os", "no_such_package"])
+    assert left.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: the package no_such_package is not installed; "
+        "as README.md says, activate .venv or install requirements.txt\n"
+    )
+
+
 # ---- Thoughts ----
 
 DIM = "\x1b[2m"
