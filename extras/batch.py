@@ -214,15 +214,21 @@ def files_in(name: str) -> list[str]:
     if not os.path.isdir(name):
         return [name]
     files = []
-    for path in Path(name).rglob("*"):
-        hidden = any(part.startswith(".") for part in path.relative_to(name).parts)
-        is_broken_link = path.is_symlink() and not path.exists()  # gets its line with an error
-        is_file = path.is_file() or is_broken_link
-        if not hidden and path.suffix.lower() in AUDIO_SUFFIXES and is_file:
-            files.append(str(path))
+    for folder, subfolders, names in os.walk(name, onerror=refuse_folder):
+        subfolders[:] = [subfolder for subfolder in subfolders if not subfolder.startswith(".")]
+        for path in [Path(folder, of_file) for of_file in names if not of_file.startswith(".")]:
+            is_broken_link = path.is_symlink() and not path.exists()  # gets its line with an error
+            is_file = path.is_file() or is_broken_link
+            if path.suffix.lower() in AUDIO_SUFFIXES and is_file:
+                files.append(str(path))
     if not files:
         raise ValueError(f"{name}: no sound files inside.")
     return sorted(files)
+
+
+def refuse_folder(error: OSError) -> None:
+    """A folder that cannot be read is not left out silently."""
+    raise error
 
 
 # ---- Answering ----

@@ -209,6 +209,8 @@ class TerminalChat:
                 self.audios = []
             elif command == "/help":
                 print(HELP, file=sys.stderr)
+            elif os.path.isfile(file_name(line)):
+                raise ValueError(f"{line}: to add a recording, write /audio {line}")
             elif command.startswith("/"):
                 raise ValueError(
                     f"{command} is unknown; the commands are /audio FILE, /reset, /help and /quit."

@@ -39,8 +39,9 @@ from torch.utils.checkpoint import checkpoint
 from af3 import AudioFlamingo3ForConditionalGeneration, check_length
 from extras.batch import OWN_FIELDS, check_no_faults, load_one, new_job, read_entries, with_choices
 from extras.lora import DECODER_LINEARS, HEAD, add_factors, choose_layers, save_adapter
+from load_weights import is_quantized
 from plumbing import terminal
-from plumbing.save_checkpoint import new_files
+from plumbing.save_checkpoint import check_can_save, new_files
 from processor import AudioFlamingo3Processor, Batch
 
 STATE_FILE = "training_state.pt"
@@ -455,6 +456,16 @@ def check_loss(loss: float, step: int) -> None:
         raise ValueError(f"The loss of step {step} is {loss}; lower --learning-rate.")
 
 
+def check_can_write(directory: Path) -> None:
+    """Refuses now what would fail after the training."""
+    check_can_save(directory)
+    existing = directory.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not os.access(existing, os.W_OK) or not existing.is_dir():
+        raise ValueError(f"{directory}: {existing} is no directory that can be written to.")
+
+
 def check_enough(examples: list[Example], batch_size: int) -> None:
     if len(examples) < batch_size:
         raise ValueError(
@@ -537,6 +548,9 @@ def run(args: argparse.Namespace) -> None:
         held_out=args.held_out,
         seed=args.seed,
     )
+    if is_quantized(args.model):
+        raise ValueError(f"{args.model} is quantised; train the model that it was made of.")
+    check_can_write(Path(args.output))
     device = join_processes(args.device)
     processor = AudioFlamingo3Processor.from_pretrained(args.model)
     model = AudioFlamingo3ForConditionalGeneration.from_pretrained(args.model, device)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -88,6 +89,21 @@ def test_hidden_folders_are_skipped_and_a_file_is_taken_once(run_lines, clip, tm
     write_wav(folder / "b.wav", sound(8000))
     jobs = run_lines(folder, folder / "b.wav", folder / "b.wav", folder, "Hi", *ONE_TOKEN)
     assert [Path(job["audio"]).name for job in jobs] == ["b.wav"]
+
+
+def test_a_folder_that_cannot_be_read_is_named(run, clip, tmp_path, monkeypatch):
+    locked = tmp_path / "folder" / "locked"
+    locked.mkdir(parents=True)
+    scandir = os.scandir
+
+    def refusing_scandir(path):
+        if str(path) == str(locked):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing_scandir)
+    status, _, err = run(clip, tmp_path / "folder", "Hi")
+    assert (status, err) == (2, f"error: {locked}: Permission denied\n")
 
 
 def test_a_job_is_yielded_as_soon_as_those_before_it_are_done(processor, model, tmp_path):

@@ -268,6 +268,12 @@ def test_a_file_name_may_be_in_quotes_or_escaped(tmp_path, monkeypatch, written)
     assert file_name(written) == "a b.wav"
 
 
+def test_a_file_name_alone_is_not_taken_for_a_question(run_chat, clip):
+    status, out, err = run_chat("--quiet", lines=[clip, "/quit"])
+    assert (status, out) == (0, "")
+    assert f"to add a recording, write /audio {clip}" in err
+
+
 def test_help_is_shown_when_it_is_asked_for(run_chat):
     _, _, err = run_chat("--quiet", lines=["/help", "/quit"])
     assert "/audio FILE" in err

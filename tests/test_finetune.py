@@ -383,6 +383,14 @@ def test_settings_that_cannot_be_followed_are_refused(train, tmp_path, options, 
     assert not (tmp_path / "adapter").exists()
 
 
+def test_an_output_that_cannot_be_written_is_refused_before_the_training(train, tmp_path):
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file", tmp_path / "file" / "adapter"):
+        status, _, err = train(output)
+        assert (status, err.count("\n")) == (2, 1)
+        assert str(output) in err
+
+
 def test_choices_are_asked_as_they_are_when_the_model_answers(lines, processor):
     entry = {
         "audio": "0.wav",
