@@ -363,6 +363,10 @@ def shorten(message: str) -> str:
 
 
 def check_is_checkpoint(folder: Path) -> None:
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        raise ValueError(
+            f"{folder}: a LoRA adapter; give it as --adapter, with its base as --model."
+        )
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"{folder}: no config.json inside; a checkpoint is expected.")
 

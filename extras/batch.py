@@ -67,6 +67,7 @@ def read_jobs(
             except ValueError as error:
                 faults.append(str(error))
         check_no_faults(faults)
+        warn_about_missing_prompts(entries, names_of_fields["prompt"], prompt, prompts_file)
     seen = set()
     for name in names:
         for file in files_in(name):
@@ -85,6 +86,16 @@ def check_no_faults(faults: list[str]) -> None:
         shown += f" And {more} more lines are wrong."
     if faults:
         raise ValueError(shown)
+
+
+def warn_about_missing_prompts(entries: list, field: str, prompt: str, prompts_file: str) -> None:
+    """A mistyped name would otherwise have the speech transcribed silently."""
+    missing = sum(field not in entry for _, entry in entries)
+    if missing and prompt == AudioFlamingo3Processor.default_transcription_prompt:
+        warnings.warn(
+            f'{prompts_file}: entries without "{field}": {missing} of {len(entries)}; '
+            f'they are asked "{prompt}"'
+        )
 
 
 def check_fields(fields: dict[str, str], entries: list, prompts_file: str) -> None:

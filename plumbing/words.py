@@ -46,7 +46,9 @@ def is_recording(word: str) -> bool:
 
 
 def check_is_no_missing_file(word: str, suffixes: Collection[str]) -> None:
-    """Refuses what looks like a mistyped recording or folder, where it would be the prompt."""
+    """Refuses what looks like a mistyped recording, folder or option, and would be the prompt."""
+    if re.match("[\u2013\u2014]", word):
+        raise ValueError(f"{word}: begins with a dash; an option begins with two hyphens, --.")
     if Path(word).suffix.lower() in suffixes:
         remedy = " If it is the prompt, end it with a question mark." if " " in word else ""
         raise FileNotFoundError(f"{word}: no such file; a sound file is expected.{remedy}")

@@ -468,6 +468,14 @@ def test_what_is_asked_twice_needs_two_answers(run, run_lines, clip, tmp_path):
     assert len(run_lines("--prompts", prompts, *ONE_TOKEN, "--resume", earlier)) == 1
 
 
+def test_entries_without_a_prompt_are_counted_unless_the_command_line_has_one(run, clip, tmp_path):
+    prompts = write_lines(tmp_path / "in.jsonl", [{"audio": clip, "promt": "Who?"}])
+    _, _, err = run("--prompts", prompts, *ONE_TOKEN, "--quiet")
+    assert 'entries without "prompt": 1 of 1; they are asked "Transcribe' in err
+    _, _, err = run("--prompts", prompts, "Who?", *ONE_TOKEN, "--quiet")
+    assert err == ""
+
+
 def test_several_bad_entries_are_named_at_once(run, clip, tmp_path):
     entries = [{"audio": 7}, {"audio": clip}, {"prompt": "Hi"}, *[[]] * 5]
     status, _, err = run("--prompts", write_lines(tmp_path / "in.jsonl", entries))

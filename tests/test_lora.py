@@ -374,3 +374,10 @@ def test_think_without_an_adapter_is_refused(run, clip):
     assert (status, out) == (2, "")
     assert "think: no such directory; the AF-Think adapter is expected" in err
     assert err.count("\n") == 1
+
+
+def test_an_adapter_in_place_of_a_model_is_refused_by_what_it_is(run, clip, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    status, _, err = run(clip, "Hi", model=tmp_path)
+    assert status == 2
+    assert "a LoRA adapter; give it as --adapter" in err

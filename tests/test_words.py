@@ -53,6 +53,7 @@ def test_files_come_first_and_then_the_prompt(files, words, recordings, prompt):
         (["What?", "a.wav"], ': a.wav "What?".'),
         (["a.wav", "What", "is", "it?"], 'put it in quotes: "What is it?".'),
         (["a.wav", "nofolder/"], "nofolder/: no such file or folder"),
+        (["a.wav", "\u2013timestamps"], "an option begins with two hyphens"),
         (["a.wav", "rain.txt"], "rain.txt: no such file or folder"),
         (["a.wav", "page.htm"], "If it is the prompt, write more than a word."),
         (["What sound is this?"], "A prompt comes after its recording."),
