@@ -127,6 +127,13 @@ def add_options_for_many(add: Callable) -> None:
     add("--resume", metavar="FILE", help="skip what FILE already answers; append to it: >> FILE")
 
 
+def check_given_once(words: list[str]) -> None:
+    """Refuses a second file where argparse would forget the first."""
+    for option in ("--prompts", "--output", "--resume", "--save"):
+        if sum(word.partition("=")[0] == option for word in words) > 1:
+            refuse(f"{option} is given twice; it takes one name")
+
+
 def join_page_name(words: list[str]) -> list[str]:
     """The command line with --explain PAGE.html in one word, or "--explain=" where there is no page.
 
@@ -150,6 +157,7 @@ def main() -> int:
     terminal.prepare_streams()
     try:
         with joined_processes():
+            check_given_once(sys.argv[1:])
             words = join_page_name(sys.argv[1:])
             status = run(make_parser().parse_intermixed_args(words))
             sys.stdout.flush()  # os._exit does not; a reader that is gone is noticed here

@@ -11,6 +11,7 @@ import hashlib
 import html
 import io
 import json
+import os
 import re
 import struct
 import wave
@@ -69,7 +70,17 @@ def write_page(
     contents |= {"name": name, "prompt": prompt, "seconds": len(waveform) / SAMPLE_RATE}
     picture = png(log_mel_picture(journey))
     page = fill_template(name, contents, wav(waveform), picture)
-    Path(path).write_text(page, encoding="utf-8", errors="replace")
+    replace_file(Path(path).resolve(), page)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Writes a file beside it, which then takes its place: a full disk leaves an earlier page."""
+    new = path.with_name(f".{path.name}.new")
+    try:
+        new.write_text(text, encoding="utf-8", errors="replace")
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def check_page_name(path: str | Path) -> None:

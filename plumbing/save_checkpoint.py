@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -116,7 +117,10 @@ def write_weights(folder: Path, tensors: dict[str, Tensor], max_shard_bytes: int
         if len(shards) == 1:
             file = SINGLE_FILE
         shard = {name: tensors[name].detach().cpu().contiguous() for name in names}
-        save_file(shard, folder / file, metadata={"format": "pt"})
+        try:
+            save_file(shard, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:  # as on a full disk
+            raise OSError(f"{folder.parent}: {error}") from None
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         total_size = sum(tensor.nbytes for tensor in tensors.values())

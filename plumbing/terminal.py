@@ -80,8 +80,9 @@ def describe_error(error: Exception) -> str:
     if reason is None:
         return one_line(error)
     if error.filename is None:  # nothing but writing gives such an error
-        return one_line(f"what is printed cannot be written: {reason}")
-    return one_line(f"{error.filename}: {reason}")
+        return one_line(f"the output cannot be written: {reason}")
+    name = error.filename2 or error.filename  # where two are named, the second is written
+    return one_line(f"{name}: {reason}")
 
 
 def exit_with(main: Callable[[], int | None]) -> NoReturn:

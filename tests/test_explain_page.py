@@ -5,6 +5,7 @@ import re
 import struct
 import wave
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,15 @@ import torch
 from af3 import AudioFlamingo3ForConditionalGeneration
 from browser import Browser, find_browser
 from conftest import TINY
-from extras.explain_page import TEMPLATE, check_page_name, png, sha256, wav, write_page
+from extras.explain_page import (
+    TEMPLATE,
+    check_page_name,
+    png,
+    replace_file,
+    sha256,
+    wav,
+    write_page,
+)
 from plumbing.audio_file import load_audio
 from processor import AudioFlamingo3Processor
 from signals import sound
@@ -278,3 +287,18 @@ def test_a_file_that_is_no_page_is_not_overwritten(tmp_path):
         check_page_name(path)
     path.write_text(TEMPLATE.read_text(encoding="utf-8"))
     check_page_name(path)
+
+
+def test_a_full_disk_leaves_an_earlier_page(tmp_path, monkeypatch):
+    page = tmp_path / "page.html"
+    page.write_text("earlier")
+
+    def fail(self, *_, **__):
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    with pytest.raises(OSError):
+        replace_file(page, "new")
+    assert page.read_text() == "earlier"
+    assert list(tmp_path.iterdir()) == [page]

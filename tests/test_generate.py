@@ -79,6 +79,13 @@ def test_an_answer_that_the_checkpoint_cuts_short_says_so(run, clip, spoilt):
     assert "stopped" not in err
 
 
+@pytest.mark.parametrize("option", ["--prompts", "--output", "--resume", "--save"])
+def test_a_second_file_is_refused_where_the_first_would_be_forgotten(run, clip, option):
+    status, _, err = run(clip, option, "a", f"{option}=b")
+    assert status == 2
+    assert f"{option} is given twice" in err
+
+
 def test_a_small_model_runs_on_one_thread_unless_the_user_said_otherwise(run, clip, monkeypatch):
     threads = torch.get_num_threads()
     torch.set_num_threads(2)

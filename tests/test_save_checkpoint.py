@@ -9,12 +9,14 @@ import sys
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from af3 import AudioFlamingo3ForConditionalGeneration
 from checkpoints import read_json, write_original, write_sharded
 from conftest import ROOT, TINY
 from extras.quantize import quantize
+from plumbing import save_checkpoint
 from plumbing.save_checkpoint import save_model
 from processor import AudioFlamingo3Processor
 from signals import conversation, sound
@@ -141,6 +143,22 @@ before = peak()
 model.save_pretrained(sys.argv[2])
 print((peak() - before) / head.weight.nbytes)
 """
+
+
+def test_a_full_disk_is_named_with_the_directory_and_leaves_what_was_there(
+    micro, tmp_path, monkeypatch
+):
+    load(micro).save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+
+    def fail(*_, **__):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(save_checkpoint, "save_file", fail)
+    with pytest.raises(OSError, match=f"{tmp_path}: No space left"):
+        load(micro).save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert not (tmp_path / ".saving").exists()
 
 
 def test_other_files_of_weights_stay(micro, tmp_path):
