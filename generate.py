@@ -151,8 +151,8 @@ def join_page_name(words: list[str]) -> list[str]:
 def main() -> int:
     """The exit status: 0, or 2 for bad input or too little memory, with one line `error: ...`.
 
-    1 if some of many recordings have no answer, but 0 under torchrun. Ctrl-C leaves with 130 and
-    keeps what has been printed.
+    1 if some of many recordings failed, but 0 under torchrun, or a line of a conversation that comes
+    from a pipe. Ctrl-C leaves with 130 and keeps what has been printed.
     """
     terminal.prepare_streams()
     try:
@@ -215,7 +215,7 @@ def run(args: argparse.Namespace) -> int:
         processor = AudioFlamingo3Processor.from_pretrained(args.model)
         waveforms = [read_recording(args, processor, recording) for recording in recordings]
         chat = TerminalChat(processor, load_model(args), waveforms, options, args.quiet)
-        chat.run(prompt)
+        return chat.run(prompt)
     elif args.explain is not None:
         explain_one(args, recordings, prompt, options)
     elif wants_json_lines(args, recordings):

@@ -42,6 +42,7 @@ class Job(dict):
         self.prompt = prompt
         self.place = place  # for errors: "questions.jsonl: line 3"
         self.choices = entry.get("choices", [])
+        self.is_cut = False  # whether max_new_tokens ended the answer
 
     def is_done(self) -> bool:
         return any(outcome in self for outcome in OUTCOMES)
@@ -341,6 +342,7 @@ def answer_batch(
             ids = model.generate(**inputs, **options)
             new_ids = ids[:, inputs["input_ids"].shape[1] :]
             responses = processor.batch_decode(new_ids, skip_special_tokens=True)
+            mark_cut([job for _, job in batch], new_ids, model.generation_config.eos_token_id)
         words = []
         if timestamps:
             words = [words_of(pair, ids, processor, model) for pair, ids in zip(batch, new_ids)]
@@ -357,6 +359,14 @@ def answer_batch(
         return
     for pair in batch:
         answer_batch([pair], processor, model, options, choose, timestamps)
+
+
+def mark_cut(jobs: list[Job], new_ids: Tensor, eos_token_id: int | list[int]) -> None:
+    """Marks the jobs whose answer, a row of new_ids (B, T), has no end."""
+    if eos_token_id != []:  # with an empty list no answer ever ends
+        end_ids = torch.tensor(eos_token_id, device=new_ids.device)
+        for job, ids in zip(jobs, new_ids):
+            job.is_cut = not bool(torch.isin(ids, end_ids).any())
 
 
 def words_of(

@@ -122,6 +122,7 @@ class TerminalChat:
         self.processor = processor
         self.conversation = Conversation(processor, model)
         self.audios = audios  # for the next question
+        self.has_failed = False
         self.options = options
         check_room(self.max_new_tokens(), self.conversation.cache.capacity)
         self.quiet = quiet
@@ -130,7 +131,8 @@ class TerminalChat:
         self.may_be_abandoned = False
         self.readline = None
 
-    def run(self, first_question: str | None = None) -> None:
+    def run(self, first_question: str | None = None) -> int:
+        """The exit status: 1 if a line that came from a pipe has failed, else 0."""
         with suppress(ImportError):  # not on Windows
             import readline  # gives input() a history
 
@@ -153,6 +155,7 @@ class TerminalChat:
                 print()
         except KeyboardInterrupt:
             terminal.exit_interrupted()
+        return int(self.has_failed and not sys.stdin.isatty())  # a person has seen what failed
 
     def tell(self, text: str) -> None:
         if not self.quiet:
@@ -225,6 +228,7 @@ class TerminalChat:
                 print("What was added waits for a question; /reset forgets it.", file=sys.stderr)
         except (ValueError, OSError, RuntimeError, MemoryError) as error:
             terminal.print_error(error)
+            self.has_failed = True
 
     def add_audio(self, name: str) -> None:
         """Adds a recording to the next question, if the context has room for it."""

@@ -65,12 +65,16 @@ def answer_many(
     else:
         answers = answer(jobs) if jobs else []
     answered = 0
+    cut = 0
     for job in answers:
         print(as_json_line(job, output.encoding), file=output, flush=True)
         answered += int("response" in job)
+        cut += int(job.is_cut)
     if not args.quiet:
         before = len(all_jobs) - len(jobs)
         print(summary_of_many(answered, len(jobs), before, progress.seconds()), file=sys.stderr)
+        if cut > 0:
+            print(f"ended by the limit, which --max-new-tokens sets: {cut}", file=sys.stderr)
     return 0 if answered == len(jobs) else 1
 
 

@@ -166,6 +166,14 @@ def test_a_recording_too_large_for_memory_is_an_error_of_its_own(run_lines, fold
     assert sum("response" in job for job in jobs) == 4
 
 
+@pytest.mark.parametrize("end_ids, cut", [([0], 3), (list(range(1000)), 0)])
+def test_answers_that_the_limit_has_ended_are_counted(run, folder, spoilt, end_ids, cut):
+    path = spoilt / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": end_ids}))
+    _, _, err = run(folder / "part 0", "Hi", "--max-new-tokens", 3, model=spoilt)
+    assert ("ended by the limit, which --max-new-tokens sets: 3" in err) == (cut == 3)
+
+
 def test_a_warning_names_its_recording_every_time(run, clip, tmp_path):
     long = write_wav(tmp_path / "long.wav", sound(601 * 16000))
     asked = {"audio": str(long), "prompt": "<sound><sound>"}  # refused, so nothing is computed

@@ -207,7 +207,7 @@ def test_a_conversation_goes_on_after_bad_input():
     bad_lines += ["/audio " + "a" * 300, "/audio ."]
     result = chat("--quiet", lines=[*bad_lines, "", f"/audio\t{RAIN}", "What sound is this?"])
     errors = result.stderr.splitlines()
-    assert (result.returncode, result.stdout) == (0, "rain\n")
+    assert (result.returncode, result.stdout) == (1, "rain\n")  # a pipe sees no errors
     assert len(errors) == len(bad_lines)
     assert all(error.startswith("error: ") for error in errors)
     assert "gone.wav" in errors[0]
@@ -249,7 +249,7 @@ def test_a_question_that_is_refused_keeps_its_recordings(micro, clip):
 def test_a_recording_for_which_there_is_no_room_is_refused_at_once(run_chat, clip):
     lines = [f"/audio {clip}", f"/audio {clip}", "/quit"]
     status, out, err = run_chat("--max-new-tokens", 4030, lines=lines)
-    assert status == 0
+    assert status == 1
     assert "1.5 s; the context is 1% full" in err
     assert "no room for it beside the 0 tokens of the conversation" in err
     assert "/reset makes room" in err
@@ -270,7 +270,7 @@ def test_a_file_name_may_be_in_quotes_or_escaped(tmp_path, monkeypatch, written)
 
 def test_a_file_name_alone_is_not_taken_for_a_question(run_chat, clip):
     status, out, err = run_chat("--quiet", lines=[clip, "/quit"])
-    assert (status, out) == (0, "")
+    assert (status, out) == (1, "")
     assert f"to add a recording, write /audio {clip}" in err
 
 
