@@ -405,9 +405,9 @@ def answer_one(args: argparse.Namespace, recording: str, prompt: str, options: d
     if not args.quiet:
         print(processor.describe_audio(inputs), file=sys.stderr)
         print(timer.summary(), file=sys.stderr)
-        limit = model.generation_config.max_new_tokens
-        if args.max_new_tokens is None and len(timer.seconds) == limit:
-            print(f"stopped after {limit} tokens; --max-new-tokens allows more", file=sys.stderr)
+        limit = args.max_new_tokens or model.generation_config.max_new_tokens
+        if len(timer.seconds) == limit:
+            print("ended by the limit, which --max-new-tokens sets", file=sys.stderr)
 
 
 def explain_one(args: argparse.Namespace, recordings: list, prompt: str, options: dict) -> None:

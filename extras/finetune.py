@@ -37,7 +37,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from af3 import AudioFlamingo3ForConditionalGeneration, check_length
-from extras.batch import OWN_FIELDS, check_no_faults, load_one, new_job, read_entries, with_choices
+from extras.batch import (
+    OWN_FIELDS,
+    check_no_faults,
+    load_one,
+    new_job,
+    read_entries,
+    warn_about_missing_prompts,
+    with_choices,
+)
 from extras.lora import DECODER_LINEARS, HEAD, add_factors, choose_layers, save_adapter
 from load_weights import is_quantized
 from plumbing import terminal
@@ -97,6 +105,9 @@ def read_examples(path: str, processor: AudioFlamingo3Processor, max_tokens: int
         progress.show(number)
     progress.clear()
     check_no_faults(faults)
+    if process_number() == 0:
+        default_prompt = processor.default_transcription_prompt
+        warn_about_missing_prompts(entries, OWN_FIELDS["prompt"], default_prompt, path)
     return examples
 
 

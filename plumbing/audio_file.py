@@ -30,7 +30,21 @@ FFMPEG_FORMATS = "mp3,flac,ogg,mov,matroska,avi,mpegts,mpeg,flv,aac,aiff,wav,w64
 # Suffixes of the files that are taken from a folder of recordings.
 AUDIO_SUFFIXES = {
     *(".wav", ".mp3", ".flac", ".ogg", ".oga", ".opus", ".m4a", ".aac", ".aif", ".aiff", ".w64"),
-    *(".wma", ".caf", ".amr", ".mp4", ".m4v", ".mkv", ".webm", ".mov", ".avi", ".ts"),
+    *(
+        ".au",
+        ".wv",
+        ".wma",
+        ".caf",
+        ".amr",
+        ".mp4",
+        ".m4v",
+        ".mkv",
+        ".webm",
+        ".mov",
+        ".avi",
+        ".flv",
+    ),
+    *(".mpg", ".mpeg", ".ts"),
 }
 
 

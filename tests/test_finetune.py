@@ -383,6 +383,12 @@ def test_settings_that_cannot_be_followed_are_refused(train, tmp_path, options, 
     assert not (tmp_path / "adapter").exists()
 
 
+def test_lines_without_a_prompt_are_counted(train, lines, tmp_path):
+    lines.write_text(lines.read_text().replace('"prompt"', '"promt"', 1))
+    _, _, err = train(tmp_path / "adapter")
+    assert 'entries without "prompt": 1 of ' in err
+
+
 def test_an_output_that_cannot_be_written_is_refused_before_the_training(train, tmp_path):
     (tmp_path / "file").touch()
     for output in (tmp_path / "file", tmp_path / "file" / "adapter"):
