@@ -16,5 +16,5 @@ status = generate.main()
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # weights that are mapped count
 rank = os.environ.get("RANK", "0")
 # The first stderr: that of all processes but one leads nowhere by now.
-print(f"process {rank}: at most {peak / 1e9:.2f} GB", file=sys.__stderr__, flush=True)
+sys.__stderr__.write(f"process {rank}: at most {peak / 1e9:.2f} GB\n")
 os._exit(status)
