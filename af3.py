@@ -253,9 +253,8 @@ class RotaryTimeEmbedding(nn.Module):
         self.base = config.rope_theta
         self.num_angles = int(audio_config.hidden_size * config.partial_rotary_factor)
         self.frame_seconds = config.audio_frame_step * 4  # 0.04: conv2 halves, and so does the pool
-        self.window_frames = (
-            audio_config.max_source_positions // 2
-        )  # 750, though the last has fewer
+        # 750, also for the last window of a recording, which may have fewer.
+        self.window_frames = audio_config.max_source_positions // 2
 
     def forward(self, x: Tensor, window_index: Tensor) -> Tensor:
         """x (W, A, H), rotated; window_index (W,) is 0 for the first window of a recording."""

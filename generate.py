@@ -14,7 +14,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from itertools import tee
 from pathlib import Path
 
@@ -156,7 +156,12 @@ def main() -> int:
     """
     terminal.prepare_streams()
     try:
-        with joined_processes():
+        processes = nullcontext()
+        if num_processes() > 1:
+            from extras import parallel
+
+            processes = parallel.joined_processes()
+        with processes:
             check_given_once(sys.argv[1:])
             words = join_page_name(sys.argv[1:])
             status = run(make_parser().parse_intermixed_args(words))
@@ -170,14 +175,6 @@ def main() -> int:
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         terminal.print_error(error)
         return 2
-
-
-def joined_processes() -> AbstractContextManager:
-    if num_processes() == 1:
-        return nullcontext()
-    from extras import parallel
-
-    return parallel.joined_processes()
 
 
 def run(args: argparse.Namespace) -> int:

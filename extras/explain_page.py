@@ -11,7 +11,6 @@ import hashlib
 import html
 import io
 import json
-import os
 import re
 import struct
 import wave
@@ -28,6 +27,7 @@ from af3 import AudioFlamingo3ForConditionalGeneration
 from extras.alignment import UNCLEAR, Alignment, Head, Token, align
 from extras.stages import Journey, describe_frames, fold_prompt, follow
 from plumbing import terminal
+from plumbing.replace_file import replace_file
 from processor import SAMPLE_RATE, AudioFlamingo3Processor, mel_edges
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -70,17 +70,7 @@ def write_page(
     contents |= {"name": name, "prompt": prompt, "seconds": len(waveform) / SAMPLE_RATE}
     picture = png(log_mel_picture(journey))
     page = fill_template(name, contents, wav(waveform), picture)
-    replace_file(Path(path).resolve(), page)
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Writes a file beside it, which then takes its place: a full disk leaves an earlier page."""
-    new = path.with_name(f".{path.name}.new")
-    try:
-        new.write_text(text, encoding="utf-8", errors="replace")
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
+    replace_file(path, page)
 
 
 def check_page_name(path: str | Path) -> None:

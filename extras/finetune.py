@@ -49,6 +49,7 @@ from extras.batch import (
 from extras.lora import DECODER_LINEARS, HEAD, add_factors, choose_layers, save_adapter
 from load_weights import is_quantized
 from plumbing import terminal
+from plumbing.processes import is_first_process, num_processes, process_number
 from plumbing.save_checkpoint import check_can_save, new_files
 from processor import AudioFlamingo3Processor, Batch
 
@@ -95,7 +96,7 @@ def read_examples(path: str, processor: AudioFlamingo3Processor, max_tokens: int
     examples = []
     faults = []
     entries = read_entries(path)
-    progress = terminal.Progress(len(entries), quiet=process_number() != 0)
+    progress = terminal.Progress(len(entries), quiet=not is_first_process())
     for number, (place, entry) in enumerate(entries, start=1):
         try:
             examples.append(read_example(entry, place, path, processor, max_tokens))
@@ -105,7 +106,7 @@ def read_examples(path: str, processor: AudioFlamingo3Processor, max_tokens: int
         progress.show(number)
     progress.clear()
     check_no_faults(faults)
-    if process_number() == 0:
+    if is_first_process():
         default_prompt = processor.default_transcription_prompt
         warn_about_missing_prompts(entries, OWN_FIELDS["prompt"], default_prompt, path)
     return examples
@@ -264,7 +265,7 @@ def finetune(
         check_loss(loss, step + 1)
         report.add(step + 1, loss, rate)
         is_last = step + 1 == len(plan)
-        if process_number() == 0 and (is_last or (step + 1) % save_every == 0):
+        if is_first_process() and (is_last or (step + 1) % save_every == 0):
             # The state comes after the adapter: a state that says "done" has one beside it.
             if not settings.full:
                 save_adapter(model, output, settings.model)
@@ -304,14 +305,6 @@ def learning_rate(step: int, steps: int, settings: Settings) -> float:
     return settings.learning_rate * (1 + math.cos(math.pi * progress)) / 2
 
 
-def num_processes() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def process_number() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
 # ---- Reports ----
 
 
@@ -323,8 +316,8 @@ class Report:
         self.first_step = first_step
         self.losses = []  # since the last report
         self.line = ""
-        self.progress = terminal.Progress(steps, quiet=process_number() != 0)
-        if process_number() == 0:
+        self.progress = terminal.Progress(steps, quiet=not is_first_process())
+        if is_first_process():
             line = f"{num_examples} examples, {num_held_out} held out; {steps} steps"
             if first_step > 0:
                 line += f", {first_step} of them done"
@@ -578,7 +571,7 @@ def run(args: argparse.Namespace) -> None:
 
 def join_processes(device: str) -> str:
     """Joins the other processes that torchrun has started; returns the device of this one."""
-    if "LOCAL_RANK" not in os.environ:
+    if num_processes() == 1:
         return device
     if device == "auto" and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"

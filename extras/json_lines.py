@@ -2,9 +2,7 @@
 
 import json
 import os
-import shutil
 import sys
-import tempfile
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,6 +21,7 @@ from extras.batch import (
 )
 from load_weights import check_is_file
 from plumbing.processes import is_first_process, num_processes
+from plumbing.replace_file import replace_file
 from plumbing.terminal import Progress, refuse
 from processor import AudioFlamingo3Processor
 
@@ -171,7 +170,7 @@ def open_output(path: str, jobs: list[Job]) -> TextIO:
         if is_outcome and ("response" in entry or job_key(entry) not in keys):
             kept.append(line + "\n")
     if "".join(kept) != "\n".join(lines):
-        replace_content(path, kept)
+        replace_file(path, "".join(kept))
         file.close()
         file = open_alone(path)
     return file
@@ -188,17 +187,6 @@ def open_alone(path: str) -> TextIO:
         except BlockingIOError:
             raise ValueError(f"{path}: another run is writing it; wait until it ends.") from None
     return file
-
-
-def replace_content(path: str, lines: list[str]) -> None:
-    """Writes another file, which then takes the place of the one at `path`."""
-    folder, name = os.path.split(path)
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=folder, prefix=f".{name}.", delete=False
-    ) as file:
-        file.writelines(lines)
-    shutil.copymode(path, file.name)
-    os.replace(file.name, path)
 
 
 def end_cut_line(path: str) -> None:

@@ -8,5 +8,10 @@ def num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def process_number() -> int:
+    """From 0 on; torchrun calls it the rank."""
+    return int(os.environ["RANK"]) if num_processes() > 1 else 0
+
+
 def is_first_process() -> bool:
-    return num_processes() == 1 or os.environ["RANK"] == "0"
+    return process_number() == 0

@@ -18,12 +18,12 @@ from extras.explain_page import (
     TEMPLATE,
     check_page_name,
     png,
-    replace_file,
     sha256,
     wav,
     write_page,
 )
 from plumbing.audio_file import load_audio
+from plumbing.replace_file import replace_file
 from processor import AudioFlamingo3Processor
 from signals import sound
 
