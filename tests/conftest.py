@@ -15,7 +15,7 @@ TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 TINY = ROOT / "tiny"
 SHARED = ROOT.parent / "shared"
-sys.path[:0] = [str(ROOT), str(TESTS)]
+sys.path[:0] = [str(ROOT), str(TESTS), str(ROOT / "tools")]
 
 import generate
 from af3 import AudioFlamingo3ForConditionalGeneration

@@ -257,11 +257,11 @@ def test_ctrl_c_leaves_with_130_and_keeps_what_has_been_printed(clip, micro):
 @pytest.mark.parametrize(
     "command, message",
     [
-        (["tests/exact.py", "nowhere"], "nowhere: no config.json inside"),
-        (["bench.py", "nowhere"], "'nowhere': no such directory"),
+        (["tools/exact.py", "nowhere"], "nowhere: no config.json inside"),
+        (["tools/bench.py", "nowhere"], "'nowhere': no such directory"),
         (["tiny/score.py", "--speech", "nowhere", "--sounds", "nowhere"], "nowhere: no DIGIT_SPEA"),
-        (["tests/throughput.py", "nowhere"], "nowhere: no WAV files inside"),
-        (["tests/official.py", "tiny", "nowhere"], "nowhere/Ch6Ae9DT6Ko_00-04-03_00-04-31.wav: no"),
+        (["tools/throughput.py", "nowhere"], "nowhere: no WAV files inside"),
+        (["tools/official.py", "tiny", "nowhere"], "nowhere/Ch6Ae9DT6Ko_00-04-03_00-04-31.wav: no"),
     ],
 )
 def test_a_program_says_in_one_line_what_it_misses(command, message):

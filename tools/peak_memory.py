@@ -1,7 +1,7 @@
 """Runs generate.py, then prints the largest memory that each of its processes has taken.
 
-python tests/peak_memory.py audio.wav "Hi" --model FULL
-torchrun --nproc-per-node 2 tests/peak_memory.py audio.wav "Hi" --model FULL --tensor-parallel
+python tools/peak_memory.py audio.wav "Hi" --model FULL
+torchrun --nproc-per-node 2 tools/peak_memory.py audio.wav "Hi" --model FULL --tensor-parallel
 """
 
 import os

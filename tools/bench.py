@@ -1,8 +1,8 @@
 """Times this project, beside transformers where that is installed, and prints a Markdown table.
 
-    python bench.py tiny                                   the embedded checkpoint, 5 s of audio
-    python bench.py CHECKPOINT --int8 --int4 --seconds 5 30    its own dtype, then int8, then int4
-    python bench.py CHECKPOINT --seconds 30 120 300 600 --tokens 4 --rounds 3
+    python tools/bench.py tiny                                     embedded checkpoint, 5 s of audio
+    python tools/bench.py CHECKPOINT --int8 --int4 --seconds 5 30  its own dtype, then int8 and int4
+    python tools/bench.py CHECKPOINT --seconds 30 120 300 600 --tokens 4 --rounds 3
     pip install transformers==5.23.0 librosa     for its figures: ours : theirs = ratio
 
 encoder      from log-mel windows to projected audio frames
@@ -24,17 +24,20 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from af3 import AudioFlamingo3ForConditionalGeneration, choose_device
 from extras.float32_products import use_float32_products
 from extras.quantize import LAYERS, quantize
 from plumbing.terminal import exit_with
 from processor import SAMPLE_RATE, AudioFlamingo3Processor
-from tests.signals import conversation, sound
+from signals import conversation, sound
 
 PROMPT = "Describe the audio in detail."
 

@@ -1,6 +1,6 @@
 """How much faster many recordings are answered together, and a second question than the first.
 
-    python tests/throughput.py [FOLDER] [--clips 200] [--model tiny] [--max-new-tokens 64]
+    python tools/throughput.py [FOLDER] [--clips 200] [--model tiny] [--max-new-tokens 64]
 
 Writes clips of 0.5 to 30 s, made of the recordings in FOLDER one after the other, or else of tones
 and noise. Answers them all with generate.py at several batch sizes, and some of them with a run of

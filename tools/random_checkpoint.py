@@ -1,8 +1,8 @@
 """Writes a checkpoint of random weights, as large as the official one or small, for timing.
 
     hf download nvidia/audio-flamingo-3-hf --include "*.json" "*.jinja" --local-dir WORDS
-    python tests/random_checkpoint.py WORDS FULL           16.5 GB in bfloat16
-    python tests/random_checkpoint.py WORDS SMALL --small  0.25 GB in float32
+    python tools/random_checkpoint.py WORDS FULL           16.5 GB in bfloat16
+    python tools/random_checkpoint.py WORDS SMALL --small  0.25 GB in float32
 
 WORDS is a checkpoint directory in the hub layout that needs no weights: its configuration and its
 tokenizer are used. So the files of nvidia/audio-flamingo-next-hf give an Audio Flamingo Next.
@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-TESTS = Path(__file__).resolve().parent
-sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from af3 import AudioFlamingo3Config, AudioFlamingo3ForConditionalGeneration
 from checkpoints import change_json, change_section
 from load_weights import read_config, read_token_ids

@@ -1,8 +1,8 @@
 """Compares this project with transformers, in numbers, on any checkpoint.
 
     pip install transformers==5.23.0 librosa        only for this
-    python tests/exact.py CHECKPOINT                the largest differences, over the cases of tests
-    python tests/exact.py CHECKPOINT --layers       layer by layer: where they begin to differ
+    python tools/exact.py CHECKPOINT                the largest differences, over the cases of tests
+    python tools/exact.py CHECKPOINT --layers       layer by layer: where they begin to differ
 
 --layers is for whoever changes the model. It runs both on a recording, prints how far each stage
 is from transformers' (the largest difference over the stage's largest value), and names the first
@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-TESTS = Path(__file__).resolve().parent
-sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from af3 import AudioFlamingo3ForConditionalGeneration, frame_counts
 from load_weights import check_is_checkpoint, is_music_flamingo, read_json
 from plumbing.terminal import exit_with

@@ -1,6 +1,6 @@
 """What int4's search for the steps gains over plain rounding to the range of each group.
 
-    python tests/rounding.py tiny RECORDINGS
+    python tools/rounding.py tiny RECORDINGS
 
 Prints the errors of the decoder's weights, and of the logits for the WAV files in a folder: norm of
 the difference over norm.

@@ -1,6 +1,6 @@
 """Asks official weights the published questions, and compares with the published answers.
 
-    python tests/official.py MODEL FOLDER
+    python tools/official.py MODEL FOLDER
 
 MODEL   a directory or cached hub name of Audio Flamingo 3, or of Audio Flamingo Next (not its
         -think or -captioner checkpoint, nor Music Flamingo, of which no answers are published)
@@ -14,7 +14,7 @@ To get both, on a machine with 17 GB of memory and of disk:
     pip install huggingface_hub
     hf download nvidia/audio-flamingo-3-hf --include "*.json" "*.jinja" "model-*-of-*.safetensors"
     hf download nvidia/AudioSkills --repo-type dataset --include "assets/*.wav" --local-dir .
-    python tests/official.py nvidia/audio-flamingo-3-hf assets
+    python tools/official.py nvidia/audio-flamingo-3-hf assets
 
 Prints a line for each question, with the first token that differs. Leaves with 1 if a text that
 must agree does not. In bfloat16 two devices may choose between tokens that are almost equally
@@ -25,8 +25,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-TESTS = Path(__file__).resolve().parent
-sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from af3 import AudioFlamingo3ForConditionalGeneration
 from plumbing.terminal import exit_with, printable
 from processor import AudioFlamingo3Processor

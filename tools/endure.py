@@ -1,6 +1,6 @@
 """What takes longer than a test may, as a table: many answers, many interruptions, obstacles.
 
-    python tests/endure.py [--answers 1000] [--interrupts 100]
+    python tools/endure.py [--answers 1000] [--interrupts 100]
 
 Takes about three minutes on 2 quiet cores. Leaves with 1 if a row fails.
 """
@@ -22,15 +22,15 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1")
 
 import torch
 
-TESTS = Path(__file__).resolve().parent
-sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from af3 import AudioFlamingo3ForConditionalGeneration
 from processor import AudioFlamingo3Processor
 from signals import sound, write_wav
 
-TINY = TESTS.parent / "tiny"
+TINY = ROOT / "tiny"
 CLIP = TINY / "samples" / "digits.wav"
-COMMAND = [sys.executable, str(TESTS.parent / "generate.py"), str(CLIP)]
+COMMAND = [sys.executable, str(ROOT / "generate.py"), str(CLIP)]
 
 # Runs the command line with 300 MB more than it has after its imports.
 WITHIN_300_MB = """
@@ -154,7 +154,7 @@ def obstruct(table: Table) -> None:
     with tempfile.NamedTemporaryFile(suffix=".wav") as clip:
         write_wav(Path(clip.name), torch.zeros(600 * 16000).numpy())
         command = [sys.executable, "-c", WITHIN_300_MB, clip.name, "--quiet"]
-        small = subprocess.run(command, cwd=TESTS.parent, capture_output=True, text=True)
+        small = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     good = small.returncode == 2 and small.stderr.startswith(
         "error: out of memory; shorten the audio"
     )

@@ -1,6 +1,6 @@
 """How well the times of words agree with the truth, on strings of digits with known boundaries.
 
-    python tests/timestamps.py [--speech FSDD] [--sounds ESC10] [--strings 200] [--model tiny]
+    python tools/timestamps.py [--speech FSDD] [--sounds ESC10] [--strings 200] [--model tiny]
 
 Each digit is a recording of its own, cut where it is louder than 2% of its largest sample, and put
 into a string after a pause of 0.05 to 0.3 s. The voices are those of espeak-ng (Debian's package)

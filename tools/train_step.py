@@ -1,8 +1,8 @@
 """Time and memory of a step of training, LoRA of rank 16, on a recording of 5 s, at full width.
 
-    python tests/train_step.py CHECKPOINT                   a checkpoint, such as one of full size
-    python tests/train_step.py --decoder-layers 4           random weights, the official widths
-    python tests/train_step.py --decoder-layers 4 --gradient-checkpointing
+    python tools/train_step.py CHECKPOINT                   a checkpoint, such as one of full size
+    python tools/train_step.py --decoder-layers 4           random weights, the official widths
+    python tools/train_step.py --decoder-layers 4 --gradient-checkpointing
 
 The prompt is 125 audio frames and 40 other tokens, of which the last 20 are the answer. The first
 step also makes the optimizer's moments; the time is that of the second. Prints a line of Markdown.
@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-TESTS = Path(__file__).resolve().parent
-sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from af3 import AudioFlamingo3Config, AudioFlamingo3ForConditionalGeneration, Qwen2Config
 from bench import peak_memory
 from extras.finetune import AnswerLoss, Settings, make_trainable, save_memory, train_step
