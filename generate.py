@@ -36,9 +36,9 @@ from af3 import (
 )
 from load_weights import is_quantized
 from plumbing.audio_file import AUDIO_SUFFIXES, check_is_no_url, stdin_as_file
+from plumbing.positional_arguments import STDIN, split_words
 from plumbing.processes import num_processes
 from plumbing.terminal import refuse
-from plumbing.words import STDIN, split_words
 from processor import AudioFlamingo3Processor, check_plain_prompt
 
 TINY = Path(__file__).resolve().parent / "tiny"
@@ -216,7 +216,7 @@ def run(args: argparse.Namespace) -> int:
     elif args.explain is not None:
         explain_one(args, recordings, prompt, options)
     elif wants_json_lines(args, recordings):
-        from extras.json_lines import answer_many
+        from extras.answer_lines import answer_many
 
         return answer_many(args, recordings, prompt, options, load_model)
     else:
@@ -301,7 +301,7 @@ def load_model(args: argparse.Namespace) -> AudioFlamingo3ForConditionalGenerati
     with terminal.memory_hint(hint):
         model = load_changed_model(args)
     if model.device.type == "cpu" and model.dtype == torch.bfloat16 and not args.tensor_parallel:
-        from extras.float32_products import use_float32_products
+        from extras.float32_matmul import use_float32_matmul as use_float32_products
 
         use_float32_products(model)  # only on a CPU without bfloat16 arithmetic
     use_one_thread_if_small(model)

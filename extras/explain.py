@@ -13,7 +13,7 @@ from torch import Tensor
 
 from af3 import AudioFlamingo3ForConditionalGeneration, frame_counts
 from extras.alignment import UNCLEAR, Alignment, align
-from extras.stages import describe_frames, fold_prompt, follow, stage_table
+from extras.stage_trace import describe_frames, fold_prompt, follow, stage_table
 from plumbing import terminal
 from processor import WINDOW_SECONDS, AudioFlamingo3Processor, mel_edges, plural
 

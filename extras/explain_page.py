@@ -25,7 +25,7 @@ from torch import Tensor
 
 from af3 import AudioFlamingo3ForConditionalGeneration
 from extras.alignment import UNCLEAR, Alignment, Head, Token, align
-from extras.stages import Journey, describe_frames, fold_prompt, follow
+from extras.stage_trace import Journey, describe_frames, fold_prompt, follow
 from plumbing import terminal
 from plumbing.replace_file import replace_file
 from processor import SAMPLE_RATE, AudioFlamingo3Processor, mel_edges

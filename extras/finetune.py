@@ -37,7 +37,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from af3 import AudioFlamingo3ForConditionalGeneration, check_length
-from extras.batch import (
+from extras.lora import DECODER_LINEARS, HEAD, add_factors, choose_layers, save_adapter
+from extras.many_recordings import (
     OWN_FIELDS,
     check_no_faults,
     load_one,
@@ -46,7 +47,6 @@ from extras.batch import (
     warn_about_missing_prompts,
     with_choices,
 )
-from extras.lora import DECODER_LINEARS, HEAD, add_factors, choose_layers, save_adapter
 from load_weights import is_quantized
 from plumbing import terminal
 from plumbing.processes import is_first_process, num_processes, process_number

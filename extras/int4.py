@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from extras.float32_products import chunk_rows, count_tokens, multiply_in_chunks, product_dtype
+from extras.float32_matmul import chunk_rows, count_tokens, multiply_in_chunks, product_dtype
 
 GROUP = 64  # weights of a row that share a scale and a zero point: 4.5 bits for a weight
 BLOCK = 64  # rows that are packed together in a file

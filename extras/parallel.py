@@ -28,10 +28,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from af3 import AudioFlamingo3ForConditionalGeneration
-from extras.batch import Job
+from extras.many_recordings import Job
 from plumbing import terminal
+from plumbing.positional_arguments import STDIN
 from plumbing.terminal import refuse
-from plumbing.words import STDIN
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from af3 import AudioFlamingo3Config, AudioFlamingo3ForConditionalGeneration
-from extras.float32_products import chunk_rows, count_tokens, multiply_in_chunks
+from extras.float32_matmul import chunk_rows, count_tokens, multiply_in_chunks
 from extras.int4 import BLOCK, GROUP, Int4Linear, operator_block_rows
 from load_weights import find_checkpoint, read_json
 from plumbing.save_checkpoint import hub_config, write_checkpoint

@@ -38,7 +38,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from extras.batch import read_entries
+from extras.many_recordings import read_entries
 from plumbing import terminal
 from processor import strip_transcription_prefix
 

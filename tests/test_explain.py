@@ -7,7 +7,7 @@ import torch
 
 from conftest import TINY
 from extras.explain import picture, window_widths
-from extras.stages import describe_frames, fold_prompt, follow
+from extras.stage_trace import describe_frames, fold_prompt, follow
 from processor import feature_batch
 from signals import sound, write_wav
 

@@ -259,7 +259,10 @@ def test_ctrl_c_leaves_with_130_and_keeps_what_has_been_printed(clip, micro):
     [
         (["tools/exact.py", "nowhere"], "nowhere: no config.json inside"),
         (["tools/bench.py", "nowhere"], "'nowhere': no such directory"),
-        (["tiny/score.py", "--speech", "nowhere", "--sounds", "nowhere"], "nowhere: no DIGIT_SPEA"),
+        (
+            ["tiny/evaluate.py", "--speech", "nowhere", "--sounds", "nowhere"],
+            "nowhere: no DIGIT_SPEA",
+        ),
         (["tools/throughput.py", "nowhere"], "nowhere: no WAV files inside"),
         (["tools/official.py", "tiny", "nowhere"], "nowhere/Ch6Ae9DT6Ko_00-04-03_00-04-31.wav: no"),
     ],

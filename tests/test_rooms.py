@@ -18,15 +18,15 @@ ROOMS = {
 }
 # The extras that use another one.
 USES = {
-    "batch": {"alignment"},
-    "explain": {"alignment", "stages"},
-    "explain_page": {"alignment", "stages"},
-    "finetune": {"batch", "lora"},
-    "int4": {"float32_products"},
-    "parallel": {"batch"},
-    "json_lines": {"batch", "parallel"},
-    "quantize": {"float32_products", "int4"},
-    "score": {"batch"},
+    "answer_lines": {"many_recordings", "parallel"},
+    "explain": {"alignment", "stage_trace"},
+    "explain_page": {"alignment", "stage_trace"},
+    "finetune": {"many_recordings", "lora"},
+    "int4": {"float32_matmul"},
+    "many_recordings": {"alignment"},
+    "parallel": {"many_recordings"},
+    "quantize": {"float32_matmul", "int4"},
+    "score": {"many_recordings"},
 }
 PACKAGES = {"torch", "numpy", "safetensors", "tiktoken"}
 

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from af3 import AudioFlamingo3ForConditionalGeneration, choose_device
-from extras.float32_products import use_float32_products
+from extras.float32_matmul import use_float32_matmul
 from extras.quantize import LAYERS, quantize
 from plumbing.terminal import exit_with
 from processor import SAMPLE_RATE, AudioFlamingo3Processor
@@ -222,7 +222,7 @@ def load_model(
     model = load(args.checkpoint, "cpu", args.dtype)
     if bits is not None:
         quantize(model, bits)
-    return use_float32_products(model.to(choose_device(args.device)))
+    return use_float32_matmul(model.to(choose_device(args.device)))
 
 
 @torch.inference_mode()

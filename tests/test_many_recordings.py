@@ -14,8 +14,8 @@ import torch
 import generate
 from af3 import AudioFlamingo3Encoder, AudioFlamingo3ForConditionalGeneration
 from extras.alignment import UNCLEAR, Alignment
-from extras.batch import answer_jobs, read_jobs
-from extras.json_lines import open_output
+from extras.answer_lines import open_output
+from extras.many_recordings import answer_jobs, read_jobs
 from processor import AudioFlamingo3Processor
 from programs import PROGRAM, Terminal, start_generate
 from signals import sound, write_wav

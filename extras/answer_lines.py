@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
-from extras.batch import (
+from extras.many_recordings import (
     OUTCOMES,
     TIMESTAMPS,
     Job,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from plumbing.words import split_words
+from plumbing.positional_arguments import split_words
 
 SUFFIXES = {".wav", ".mp3"}
 

@@ -19,7 +19,7 @@ CHUNK = 1 << 21  # weights that are converted at a time: a few MB, which stay in
 FEWEST_TOKENS = 32  # for which the conversion pays
 
 
-class Float32ProductLinear(nn.Linear):
+class Float32MatmulLinear(nn.Linear):
     """A linear layer that multiplies many tokens in float32."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ class Float32ProductLinear(nn.Linear):
         return multiply_in_chunks(x, self.weight.split(chunk_rows(self.in_features)), self.bias)
 
 
-class Float32ProductConv1d(nn.Conv1d):
+class Float32MatmulConv1d(nn.Conv1d):
     """A convolution in float32. The encoder's two, which have a bias, are converted whole."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ class Float32ProductConv1d(nn.Conv1d):
         return y.to(x.dtype)
 
 
-def use_float32_products(model: nn.Module) -> nn.Module:
+def use_float32_matmul(model: nn.Module) -> nn.Module:
     """Changes linear layers and convolutions if the model is in bfloat16 on such a CPU.
 
     Returns the model. A layer keeps its weights under their names, and gets another `forward`.
@@ -47,9 +47,9 @@ def use_float32_products(model: nn.Module) -> nn.Module:
         return model
     for layer in model.modules():
         if type(layer) is nn.Linear:
-            layer.__class__ = Float32ProductLinear
+            layer.__class__ = Float32MatmulLinear
         elif type(layer) is nn.Conv1d:
-            layer.__class__ = Float32ProductConv1d
+            layer.__class__ = Float32MatmulConv1d
     return model
 
 

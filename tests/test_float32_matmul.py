@@ -6,12 +6,12 @@ import torch.nn.functional as F
 
 from af3 import AudioFlamingo3ForConditionalGeneration
 from conftest import TINY
-from extras import float32_products
-from extras.float32_products import (
-    Float32ProductConv1d,
-    Float32ProductLinear,
+from extras import float32_matmul
+from extras.float32_matmul import (
+    Float32MatmulConv1d,
+    Float32MatmulLinear,
     multiply_in_chunks,
-    use_float32_products,
+    use_float32_matmul,
 )
 from processor import AudioFlamingo3Processor
 
@@ -21,15 +21,15 @@ from_pretrained = AudioFlamingo3ForConditionalGeneration.from_pretrained
 @pytest.fixture
 def slow_bfloat16(monkeypatch):
     """As on a CPU without bfloat16 arithmetic, whatever this one has."""
-    monkeypatch.setattr(float32_products, "is_bfloat16_slow", lambda: True)
+    monkeypatch.setattr(float32_matmul, "is_bfloat16_slow", lambda: True)
 
 
 def random_tensor(*shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
 
 
-def with_float32_products(layer):
-    return use_float32_products(torch.nn.Sequential(layer))
+def with_float32_matmul(layer):
+    return use_float32_matmul(torch.nn.Sequential(layer))
 
 
 @pytest.mark.parametrize("tokens", [1, 31, 32, 500])
@@ -44,8 +44,8 @@ def test_a_product_is_no_further_from_the_exact_one(slow_bfloat16, monkeypatch, 
         calls.append(arguments)
         return multiply_in_chunks(*arguments)
 
-    monkeypatch.setattr(float32_products, "multiply_in_chunks", counted)
-    y = with_float32_products(linear)(x)
+    monkeypatch.setattr(float32_matmul, "multiply_in_chunks", counted)
+    y = with_float32_matmul(linear)(x)
     assert bool(calls) == (tokens >= 32)
     assert y.dtype == torch.bfloat16
     assert y.shape == before.shape
@@ -58,7 +58,7 @@ def test_a_convolution_is_no_further_from_the_exact_one(slow_bfloat16):
     x = random_tensor(2, 80, 101)
     exact = F.conv1d(x.double(), conv.weight.double(), conv.bias.double(), stride=2, padding=1)
     before = conv(x)
-    y = with_float32_products(conv)(x)
+    y = with_float32_matmul(conv)(x)
     assert y.dtype == torch.bfloat16
     assert (y - exact).norm() < 1.05 * (before - exact).norm()
 
@@ -69,7 +69,7 @@ def test_logits_are_no_further_from_those_in_float32_than_before(slow_bfloat16):
     exact = from_pretrained(TINY, "cpu")(**inputs).logits
     model = from_pretrained(TINY, "cpu", "bfloat16")
     before = model(**inputs).logits
-    logits = use_float32_products(model)(**inputs).logits
+    logits = use_float32_matmul(model)(**inputs).logits
     assert not torch.equal(logits, before)
     assert (logits - exact).norm() < 1.1 * (before - exact).norm()
 
@@ -77,24 +77,24 @@ def test_logits_are_no_further_from_those_in_float32_than_before(slow_bfloat16):
 def test_weights_keep_their_names_and_are_not_copied(slow_bfloat16, micro):
     model = from_pretrained(micro, "cpu", "bfloat16")
     before = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
-    use_float32_products(model)
+    use_float32_matmul(model)
     after = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
     assert after == before
 
 
 def test_encoder_projector_and_decoder_are_changed(slow_bfloat16, micro):
-    model = use_float32_products(from_pretrained(micro, "cpu", "bfloat16"))
+    model = use_float32_matmul(from_pretrained(micro, "cpu", "bfloat16"))
     kinds = {type(module) for module in model.modules()}
-    assert {Float32ProductLinear, Float32ProductConv1d} <= kinds
+    assert {Float32MatmulLinear, Float32MatmulConv1d} <= kinds
     assert not {torch.nn.Linear, torch.nn.Conv1d} & kinds
 
 
 @pytest.mark.parametrize("is_slow, dtype", [(False, "bfloat16"), (True, "float32")])
 def test_other_cpus_and_other_dtypes_keep_their_layers(monkeypatch, micro, is_slow, dtype):
-    monkeypatch.setattr(float32_products, "is_bfloat16_slow", lambda: is_slow)
-    model = use_float32_products(from_pretrained(micro, "cpu", dtype))
+    monkeypatch.setattr(float32_matmul, "is_bfloat16_slow", lambda: is_slow)
+    model = use_float32_matmul(from_pretrained(micro, "cpu", dtype))
     kinds = {type(module) for module in model.modules()}
-    assert not {Float32ProductLinear, Float32ProductConv1d} & kinds
+    assert not {Float32MatmulLinear, Float32MatmulConv1d} & kinds
 
 
 def test_each_chunk_is_multiplied_in_float32_before_the_next_is_taken(slow_bfloat16, monkeypatch):
@@ -118,5 +118,5 @@ def test_each_chunk_is_multiplied_in_float32_before_the_next_is_taken(slow_bfloa
 @pytest.mark.parametrize("in_bfloat16, in_float32, is_slow", [(3, 2, True), (2, 3, False)])
 def test_what_takes_longer_is_slow(monkeypatch, in_bfloat16, in_float32, is_slow):
     times = iter([in_bfloat16, in_float32] * 5)
-    monkeypatch.setattr(float32_products, "seconds", lambda function: next(times))
-    assert float32_products.is_bfloat16_slow.__wrapped__() == is_slow
+    monkeypatch.setattr(float32_matmul, "seconds", lambda function: next(times))
+    assert float32_matmul.is_bfloat16_slow.__wrapped__() == is_slow

@@ -1,6 +1,6 @@
 """What a checkpoint answers to recordings kept apart: digits, strings of digits, sounds, music.
 
-python tiny/score.py --speech FSDD --sounds ESC10 [MODEL] [--takes 45 46 47 48 49] [--fold 4]
+python tiny/evaluate.py --speech FSDD --sounds ESC10 [MODEL] [--takes 45 46 47 48 49] [--fold 4]
 """
 
 import argparse
