@@ -305,7 +305,7 @@ def word_spans(attention: np.ndarray, decibels: np.ndarray) -> list[tuple[float,
         return []
     # Where there are more words than frames, several words share one.
     parts = math.ceil(words / frames)
-    scores = np.log(smooth(normalise(attention)) + FLOOR)
+    scores = np.log(smooth(normalize(attention)) + FLOOR)
     # A frame at which no word looks goes to the one that looks nearby.
     distance = np.abs(np.arange(frames) - attention.argmax(1)[:, None])
     scores -= 0.001 * distance
@@ -321,7 +321,7 @@ def word_spans(attention: np.ndarray, decibels: np.ndarray) -> list[tuple[float,
     return spans
 
 
-def normalise(attention: np.ndarray) -> np.ndarray:
+def normalize(attention: np.ndarray) -> np.ndarray:
     """Rows of sum 1: some words look more at the prompt than at the sound."""
     return attention / np.maximum(attention.sum(1, keepdims=True), 1e-20)
 

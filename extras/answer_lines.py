@@ -140,7 +140,7 @@ def leave_out_answered_in(jobs: list[Job], path: str) -> list[Job]:
 
 
 def job_key(entry: dict) -> str:
-    """An entry without its outcome, to recognise it by."""
+    """An entry without its outcome, to recognize it by."""
     written = (*OUTCOMES, TIMESTAMPS)
     asked = {name: value for name, value in entry.items() if name not in written}
     if isinstance(asked.get("audio"), str):

@@ -17,7 +17,7 @@ from extras.stage_trace import describe_frames, fold_prompt, follow, stage_table
 from plumbing import terminal
 from processor import WINDOW_SECONDS, AudioFlamingo3Processor, mel_edges, plural
 
-# From dark to bright: of a terminal's 256 colours, and as characters where it has none.
+# From dark to bright: of a terminal's 256 colors, and as characters where it has none.
 HEAT = [16, 17, 18, 54, 90, 126, 162, 198, 203, 208, 214, 220, 226, 228, 230, 231]
 INK = " .:-=+*%@#"
 
@@ -50,8 +50,8 @@ def explain(
 
     print(f"\nWhere each word looked: {describe_heads(alignment)}")
     features = inputs["input_features"].cpu()
-    coloured = terminal.has_256_colours()
-    print(picture(features, mel_frames, columns, coloured))
+    colored = terminal.has_256_colors()
+    print(picture(features, mel_frames, columns, colored))
     for line in attention_lines(alignment, mel_frames, columns):
         print(line)
     print("\n" + token_table(alignment))
@@ -103,15 +103,15 @@ def token_table(alignment: Alignment) -> str:
 # ---- The picture: log-mel windows, and below them a line of attention for each word ----
 
 
-def picture(features: Tensor, mel_frames: list[int], columns: int, coloured: bool) -> str:
+def picture(features: Tensor, mel_frames: list[int], columns: int, colored: bool) -> str:
     """The real frames of windows (W, 128, 3000) with Hz on the left and seconds below.
 
     Low frequencies are below; there is a border between windows, and under each its number of
     audio frames.
     """
     widths = window_widths(mel_frames, columns)
-    rows = 2 * PICTURE_LINES if coloured else PICTURE_LINES
-    num_shades = len(HEAT) if coloured else len(INK)
+    rows = 2 * PICTURE_LINES if colored else PICTURE_LINES
+    num_shades = len(HEAT) if colored else len(INK)
     windows = []
     for window, frames, width in zip(features, mel_frames, widths):
         pooled = F.adaptive_avg_pool2d(window[None, :, :frames], (rows, width))[0]
@@ -121,8 +121,8 @@ def picture(features: Tensor, mel_frames: list[int], columns: int, coloured: boo
     lines = []
     labels = frequency_labels()
     for line in range(PICTURE_LINES):
-        if coloured:
-            cells = [two_rows_in_colour(w[2 * line], w[2 * line + 1]) for w in shades]
+        if colored:
+            cells = [two_rows_in_color(w[2 * line], w[2 * line + 1]) for w in shades]
         else:
             cells = ["".join(INK[shade] for shade in w[line]) for w in shades]
         lines.append(framed(labels[line], cells))
@@ -154,8 +154,8 @@ def to_shades(windows: list[Tensor], num_shades: int) -> list[list[list[int]]]:
     return [((w - low) / spread * (num_shades - 1)).round().int().tolist() for w in windows]
 
 
-def two_rows_in_colour(upper: list[int], lower: list[int]) -> str:
-    """Two rows in one line: a half block in the colour of one, on the colour of the other."""
+def two_rows_in_color(upper: list[int], lower: list[int]) -> str:
+    """Two rows in one line: a half block in the color of one, on the color of the other."""
     cells = [f"\x1b[38;5;{HEAT[a]};48;5;{HEAT[b]}m▀" for a, b in zip(upper, lower)]
     return "".join(cells) + "\x1b[0m"
 

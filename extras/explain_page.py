@@ -39,8 +39,8 @@ PICTURE_COLUMNS = 1000  # of the log-mel, at most
 ATTENTION_COLUMNS = 500  # of each word's attention, at most
 ATTENTION_BYTES = 120_000  # of all heads; where they are more, the worst heads are left out
 
-# The colours of the log-mel, from quiet to loud, in red, green and blue.
-COLOURS = [(8, 9, 32), (66, 20, 104), (176, 46, 104), (247, 140, 62), (255, 246, 196)]
+# The colors of the log-mel, from quiet to loud, in red, green and blue.
+COLORS = [(8, 9, 32), (66, 20, 104), (176, 46, 104), (247, 140, 62), (255, 246, 196)]
 
 CAUTION = (
     "This is attention: where the model looked when it was about to say a word. It is a good hint "
@@ -216,12 +216,12 @@ def log_mel_picture(journey: Journey) -> np.ndarray:
 
 
 def png(pixels: np.ndarray) -> bytes:
-    """A PNG file of (rows, columns) uint8, from 0 in the first to 255 in the last of COLOURS."""
+    """A PNG file of (rows, columns) uint8, from 0 in the first to 255 in the last of COLORS."""
     rows, columns = pixels.shape
-    places = np.linspace(0, 255, len(COLOURS))
-    channels = [np.interp(np.arange(256), places, channel) for channel in zip(*COLOURS)]
+    places = np.linspace(0, 255, len(COLORS))
+    channels = [np.interp(np.arange(256), places, channel) for channel in zip(*COLORS)]
     palette = np.stack(channels, axis=1).round().astype(np.uint8)
-    # Eight bits a pixel, which are numbers of colours in the palette (3).
+    # Eight bits a pixel, which are numbers of colors in the palette (3).
     header = struct.pack(">IIBBBBB", columns, rows, 8, 3, 0, 0, 0)
     no_filter = np.zeros((rows, 1), dtype=np.uint8)  # before each row
     content = zlib.compress(np.hstack([no_filter, pixels]).tobytes(), 9)

@@ -6,7 +6,7 @@
 
 Each line of train.jsonl is such as {"audio": "a.wav", "prompt": "Who speaks?", "answer": "theo"}.
 The loss is the cross-entropy of the answer's tokens and of the end of the turn. Nothing else is
-learnt: a model that also learns to predict its prompts forgets what it was asked for.
+learned: a model that also learns to predict its prompts forgets what it was asked for.
 
 By LoRA the weights stay as they are, and two thin matrices beside each are trained (lora.py).
 DIR then holds an adapter as `peft` saves it: for `generate.py --adapter DIR` here, and for
@@ -553,7 +553,7 @@ def run(args: argparse.Namespace) -> None:
         seed=args.seed,
     )
     if is_quantized(args.model):
-        raise ValueError(f"{args.model} is quantised; train the model that it was made of.")
+        raise ValueError(f"{args.model} is quantized; train the model that it was made of.")
     check_can_write(Path(args.output))
     device = join_processes(args.device)
     processor = AudioFlamingo3Processor.from_pretrained(args.model)

@@ -112,9 +112,9 @@ def quantize_groups(weights: Tensor, rounds: int = 3) -> tuple[Tensor, Tensor, T
     for _ in range(rounds):
         q = round_to_steps(weights, scale, low)
         mean = q.mean(-1, keepdim=True)
-        centred = q - mean
-        variance = centred.square().mean(-1, keepdim=True)
-        covariance = (centred * weights).mean(-1, keepdim=True)
+        centered = q - mean
+        variance = centered.square().mean(-1, keepdim=True)
+        covariance = (centered * weights).mean(-1, keepdim=True)
         scale = covariance / variance.clamp(min=1e-6)  # it is zero where all weights are the same
         low = weights.mean(-1, keepdim=True) - scale * mean
     scale = scale.bfloat16()

@@ -174,7 +174,7 @@ def merged_name(name: str) -> str:
 
 
 def lora_scale(config: dict, rank: int) -> float:
-    """lora_alpha / rank, or lora_alpha / sqrt(rank) for a rank-stabilised adapter."""
+    """lora_alpha / rank, or lora_alpha / sqrt(rank) for a rank-stabilized adapter."""
     if config.get("use_rslora"):
         return config["lora_alpha"] / rank**0.5
     return config["lora_alpha"] / rank

@@ -101,11 +101,11 @@ METHOD = "audio-flamingo-3-from-scratch"  # a name that other programs refuse
 def save_quantized(model: nn.Module, path: str | Path) -> None:
     """Writes a directory that `load_quantized` reads, without the processor's files.
 
-    Raises OSError, or ValueError for a model that is not quantised.
+    Raises OSError, or ValueError for a model that is not quantized.
     """
     bits = {Int8Linear: 8, Int4Linear: 4}.get(type(model.language_model.lm_head))
     if bits is None:
-        raise ValueError("The model is not quantised; save_pretrained saves it.")
+        raise ValueError("The model is not quantized; save_pretrained saves it.")
     quantization = {"quant_method": METHOD, "bits": bits}
     if bits == 4:
         quantization["group_size"] = GROUP

@@ -6,19 +6,19 @@
 
 A line that has an "error" in place of a response counts as an empty response.
 
-exact   The share of lines whose response is the answer after normalisation: NFKC, small letters,
+exact   The share of lines whose response is the answer after normalization: NFKC, small letters,
         no apostrophes ("don't" is "dont"), every other character that is no letter, digit or mark
         as a space, single spaces.
         Of a response, the model's introduction to a transcription is removed first, as by
         `processor.decode(..., strip_prefix=True)`.
 wer     Word error rate: the fewest words to insert, delete and substitute to make the response of
-        the answer, both normalised, summed over lines; over the number of words in the answers.
+        the answer, both normalized, summed over lines; over the number of words in the answers.
         Lines of multiple choice do not count here.
 choice  The share of multiple-choice lines with the right letter. Multiple choice is a line with
         "choices", or with a prompt that lists "(A) ... (B) ...". The letter chosen is, by the
         first of these rules that fits:
           1. "(B)", alone or before anything else; but not with another such letter after it
-          2. the text of a choice, after normalisation
+          2. the text of a choice, after normalization
           3. "B", alone or before ".", ")" or ":"
           4. "answer is B", "answer: (B)", "option B" or "choice B", anywhere; the last one counts
           5. the only choice whose text is in the response, as whole words
@@ -47,7 +47,7 @@ LETTERS = string.ascii_uppercase
 # ---- Words ----
 
 
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
     """Text as it is compared; the rules are at the top of this file."""
     text = unicodedata.normalize("NFKC", text).lower()
     text = re.sub("['’]", "", text)
@@ -91,8 +91,8 @@ def chosen_letter(text: str, choices: list[str]) -> str | None:
     """The letter of the choice that a text names, by the rules at the top of this file."""
     letters = LETTERS[: len(choices)]
     text = text.strip()
-    normal = normalise(text)
-    normal_choices = [normalise(choice) for choice in choices]
+    normal = normalize(text)
+    normal_choices = [normalize(choice) for choice in choices]
 
     in_brackets = re.findall(rf"\(([{letters}])\)", text)
     if in_brackets and text.startswith("("):
@@ -135,13 +135,13 @@ def score_line(entry, place: str) -> Outcome:
         if right is None:
             raise ValueError(f'{place}: its "answer" is none of its choices.')
         choice = chosen_letter(response, choices) == right
-    response = normalise(strip_transcription_prefix(response))
-    answer = normalise(entry["answer"])
+    response = normalize(strip_transcription_prefix(response))
+    answer = normalize(entry["answer"])
     errors = word_errors(response, answer)
     return Outcome(response == answer, errors, len(answer.split()), choice)
 
 
-def summarise(outcomes: list[Outcome]) -> dict:
+def summarize(outcomes: list[Outcome]) -> dict:
     """{"lines": ..., "exact": [share, low, high], "wer": [...], "choice": [...]}; None without."""
     open_ended = [outcome for outcome in outcomes if outcome.choice is None]
     choices = [outcome.choice for outcome in outcomes if outcome.choice is not None]
@@ -160,9 +160,9 @@ def share(outcomes: list[bool]) -> list[float] | None:
         return None
     z = 1.959964  # 95% of a normal distribution are within so many standard deviations
     p = sum(outcomes) / n
-    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    center = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
-    return [p, max(0.0, centre - half), min(1.0, centre + half)]
+    return [p, max(0.0, center - half), min(1.0, center + half)]
 
 
 def word_error_rate(outcomes: list[Outcome]) -> list[float] | None:
@@ -193,7 +193,7 @@ def score_file(path: str, by: str | None = None) -> dict[str, dict]:
             if by not in entry:
                 raise ValueError(f'{place}: it has no "{by}".')
             groups.setdefault(f"{by}={entry[by]}", []).append(outcome)
-    return {name: summarise(outcomes) for name, outcomes in groups.items()}
+    return {name: summarize(outcomes) for name, outcomes in groups.items()}
 
 
 def check_line(entry, place: str) -> None:

@@ -95,7 +95,7 @@ class StageWatch:
         tower = model.audio_tower
         decoder = model.language_model.model
         outputs = [
-            (tower.conv1, "conv1", "each mel frame with its two neighbours"),
+            (tower.conv1, "conv1", "each mel frame with its two neighbors"),
             (tower.conv2, "conv2", "every other one: a conv frame is 20 ms"),
             (
                 tower.layers[-1],
@@ -160,7 +160,7 @@ def describe_frames(mel_frames: int) -> str:
     last = 2 * conv_frames - 2  # the mel frame in the middle of the last conv frame
     text = (
         f"{mel_frames} mel frames become {conv_frames} conv frames, because conv2 takes every "
-        f"other one, 0, 2, 4 and so on up to {last}, with its neighbours. "
+        f"other one, 0, 2, 4 and so on up to {last}, with its neighbors. "
     )
     if last + 2 < N_MEL_FRAMES:
         text += f"The last sees mel frames up to {last + 2}, so conv1 is computed for {last + 3}. "

@@ -370,7 +370,7 @@ def duration_by_ffmpeg(path: Path) -> float:
 # ---- Resampling ----
 
 
-MARGIN_SECONDS = 1  # of its neighbours that a part is resampled with; the filter reaches less far
+MARGIN_SECONDS = 1  # of its neighbors that a part is resampled with; the filter reaches less far
 
 
 def resample(waveform: Tensor, rate: int, target: int) -> Tensor:

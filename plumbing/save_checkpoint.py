@@ -197,7 +197,7 @@ def check_is_plain(model: nn.Module) -> None:
     if others:
         raise ValueError(
             f"{min(others)}: a checkpoint's tensors are expected; "
-            "save the model before it is quantised, and merge adapters."
+            "save the model before it is quantized, and merge adapters."
         )
 
 

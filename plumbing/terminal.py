@@ -112,8 +112,8 @@ def has_styles() -> bool:
     return sys.stdout.isatty() and is_capable and "NO_COLOR" not in os.environ
 
 
-def has_256_colours() -> bool:
-    """Whether stdout is a terminal that shows 256 colours and Unicode, and colours are wanted."""
+def has_256_colors() -> bool:
+    """Whether stdout is a terminal that shows 256 colors and Unicode, and colors are wanted."""
     is_capable = "256color" in os.environ.get("TERM", "")
     return has_styles() and is_capable and sys.stdout.encoding.lower() == "utf-8"
 

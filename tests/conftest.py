@@ -46,7 +46,7 @@ def music_flamingo(request, micro, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def spoilt(micro, tmp_path) -> Path:
+def spoiled(micro, tmp_path) -> Path:
     """A copy of `micro` that a test may change."""
     return Path(shutil.copytree(micro, tmp_path / "checkpoint"))
 

@@ -165,8 +165,8 @@ def compute_loss(model, processor, batch) -> Tensor:
 def token_goldens(model, batch, name: str) -> dict[str, Tensor]:
     tokens = batch["input_ids"].shape[1]
     greedy = model.generate(**batch, do_sample=False, max_new_tokens=64)
-    penalised = model.generate(**batch, do_sample=False, max_new_tokens=24, repetition_penalty=1.3)
-    return {f"{name}.greedy": greedy[:, tokens:], f"{name}.penalised": penalised[:, tokens:]}
+    penalized = model.generate(**batch, do_sample=False, max_new_tokens=24, repetition_penalty=1.3)
+    return {f"{name}.greedy": greedy[:, tokens:], f"{name}.penalised": penalized[:, tokens:]}
 
 
 @torch.no_grad()

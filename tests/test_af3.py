@@ -405,7 +405,7 @@ def test_stream_gives_the_tokens_of_generate_one_by_one(model, processor, golden
     assert torch.equal(torch.stack(steps, dim=1), goldens["batch.left.greedy"][:, :4])
 
 
-def test_past_ids_are_penalised_as_repetitions(model, processor, goldens):
+def test_past_ids_are_penalized_as_repetitions(model, processor, goldens):
     batch = run_inputs(processor, "five_seconds.left")
     likeliest = goldens["five_seconds.left.greedy"][:, :1]
     options = {"max_new_tokens": 1, "repetition_penalty": 1e6}

@@ -42,9 +42,9 @@ def refusal(folder) -> str:
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[]", b"7", b"null", b"\xff\xfe", b'{"a": 1}]', b"[" * 100]
 )
-def test_a_file_that_holds_no_json_object_is_named(spoilt, file, content):
-    (spoilt / file).write_bytes(content)
-    assert file in refusal(spoilt)
+def test_a_file_that_holds_no_json_object_is_named(spoiled, file, content):
+    (spoiled / file).write_bytes(content)
+    assert file in refusal(spoiled)
 
 
 AUDIO_SIZES = ["hidden_size", "num_hidden_layers", "intermediate_size"]
@@ -57,9 +57,9 @@ TEXT_SIZES = ["vocab_size", "num_key_value_heads", "rms_norm_eps", "max_position
     [("audio_config", field) for field in AUDIO_SIZES]
     + [("text_config", field) for field in TEXT_SIZES],
 )
-def test_a_value_that_cannot_be_a_size_is_named_with_its_file(spoilt, section, field, value):
-    change_section(spoilt / "config.json", section, **{field: value})
-    message = refusal(spoilt)
+def test_a_value_that_cannot_be_a_size_is_named_with_its_file(spoiled, section, field, value):
+    change_section(spoiled / "config.json", section, **{field: value})
+    message = refusal(spoiled)
     assert "config.json" in message
     assert field in message
 
@@ -75,9 +75,9 @@ def test_a_value_that_cannot_be_a_size_is_named_with_its_file(spoilt, section, f
         ("text_config", "rope_parameters", "x", "config.json"),
     ],
 )
-def test_a_section_that_asks_for_another_network_is_named(spoilt, section, field, value, named):
-    change_section(spoilt / "config.json", section, **{field: value})
-    message = refusal(spoilt)
+def test_a_section_that_asks_for_another_network_is_named(spoiled, section, field, value, named):
+    change_section(spoiled / "config.json", section, **{field: value})
+    message = refusal(spoiled)
     assert "config.json" in message
     assert named in message
 
@@ -104,27 +104,27 @@ def test_a_section_that_asks_for_another_network_is_named(spoilt, section, field
         ("tokenizer.json", {"pre_tokenizer": None}, "tokenizer.json"),
     ],
 )
-def test_a_field_of_the_wrong_kind_is_named(spoilt, file, fields, named):
-    change_json(spoilt / file, **fields)
-    assert named in refusal(spoilt)
+def test_a_field_of_the_wrong_kind_is_named(spoiled, file, fields, named):
+    change_json(spoiled / file, **fields)
+    assert named in refusal(spoiled)
 
 
 @pytest.mark.parametrize("merges", ["reversed", [["a"]], ["x y z"], 7])
-def test_merges_out_of_order_or_missing_are_refused(spoilt, merges):
-    path = spoilt / "tokenizer.json"
+def test_merges_out_of_order_or_missing_are_refused(spoiled, merges):
+    path = spoiled / "tokenizer.json"
     if merges == "reversed":
         merges = read_json(path)["model"]["merges"][::-1]
     change_section(path, "model", merges=merges)
-    assert "tokenizer.json" in refusal(spoilt)
+    assert "tokenizer.json" in refusal(spoiled)
 
 
-def test_a_tokenizer_of_a_million_more_tokens_is_refused(spoilt):
-    path = spoilt / "tokenizer.json"
+def test_a_tokenizer_of_a_million_more_tokens_is_refused(spoiled):
+    path = spoiled / "tokenizer.json"
     vocabulary = read_json(path)["model"]["vocab"]
     for number in range(10**6):
         vocabulary[f"word{number}"] = 1000 + number
     change_section(path, "model", vocab=vocabulary)
-    assert "tokenizer.json" in refusal(spoilt)
+    assert "tokenizer.json" in refusal(spoiled)
 
 
 @pytest.mark.parametrize(
@@ -137,14 +137,14 @@ def test_a_tokenizer_of_a_million_more_tokens_is_refused(spoilt):
         ("[PAD]", 10**30),
     ],
 )
-def test_token_ids_with_a_gap_or_used_twice_are_refused(spoilt, token, token_id):
-    path = spoilt / "tokenizer.json"
+def test_token_ids_with_a_gap_or_used_twice_are_refused(spoiled, token, token_id):
+    path = spoiled / "tokenizer.json"
     added_tokens = read_json(path)["added_tokens"]
     for entry in added_tokens:
         if entry["content"] == token:
             entry["id"] = token_id
     change_json(path, added_tokens=added_tokens)
-    assert "json" in refusal(spoilt)
+    assert "json" in refusal(spoiled)
 
 
 # ---- Tensors ----
@@ -166,10 +166,10 @@ def test_token_ids_with_a_gap_or_used_twice_are_refused(spoilt, token, token_id)
         {"a": "x\\y.safetensors"},
     ],
 )
-def test_an_index_may_name_only_safetensors_files_beside_it(spoilt, weight_map):
-    write_sharded(spoilt)
-    change_json(spoilt / "model.safetensors.index.json", weight_map=weight_map)
-    assert "model.safetensors.index.json" in refusal(spoilt)
+def test_an_index_may_name_only_safetensors_files_beside_it(spoiled, weight_map):
+    write_sharded(spoiled)
+    change_json(spoiled / "model.safetensors.index.json", weight_map=weight_map)
+    assert "model.safetensors.index.json" in refusal(spoiled)
 
 
 def split_safetensors(content: bytes) -> tuple[dict, bytes]:
@@ -178,23 +178,23 @@ def split_safetensors(content: bytes) -> tuple[dict, bytes]:
     return json.loads(content[8 : 8 + table_size]), content[8 + table_size :]
 
 
-def test_a_truncated_safetensors_file_is_named(spoilt):
-    path = spoilt / "model.safetensors"
+def test_a_truncated_safetensors_file_is_named(spoiled):
+    path = spoiled / "model.safetensors"
     whole = path.read_bytes()
     (table_size,) = struct.unpack("<Q", whole[:8])
     end = 8 + table_size
     for length in (0, 1, 7, 8, 9, end // 2, end - 1, end, end + 1, len(whole) - 1):
         path.write_bytes(whole[:length])
-        assert "model.safetensors" in refusal(spoilt)
+        assert "model.safetensors" in refusal(spoiled)
 
 
-def test_a_safetensors_file_with_a_false_size_of_its_table_is_named(spoilt):
-    path = spoilt / "model.safetensors"
+def test_a_safetensors_file_with_a_false_size_of_its_table_is_named(spoiled):
+    path = spoiled / "model.safetensors"
     whole = path.read_bytes()
     (table_size,) = struct.unpack("<Q", whole[:8])
     for size in (0, 1, table_size - 1, table_size + 1, 2**31, 2**63, 2**64 - 1):
         path.write_bytes(struct.pack("<Q", size) + whole[8:])
-        assert "model.safetensors" in refusal(spoilt)
+        assert "model.safetensors" in refusal(spoiled)
 
 
 @pytest.mark.parametrize(
@@ -202,8 +202,8 @@ def test_a_safetensors_file_with_a_false_size_of_its_table_is_named(spoilt):
     [{"dtype": "F7"}, {"shape": [-1]}, {"data_offsets": "first"}, {"data_offsets": [5, 1]}],
     ids=str,
 )
-def test_a_safetensors_file_with_a_false_entry_is_named(spoilt, fields):
-    path = spoilt / "model.safetensors"
+def test_a_safetensors_file_with_a_false_entry_is_named(spoiled, fields):
+    path = spoiled / "model.safetensors"
     table, values = split_safetensors(path.read_bytes())
     first, second = [name for name in table if name != "__metadata__"][:2]
     if fields.get("data_offsets") == "first":
@@ -211,18 +211,18 @@ def test_a_safetensors_file_with_a_false_entry_is_named(spoilt, fields):
     table[second] |= fields
     text = json.dumps(table).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + values)
-    assert "model.safetensors" in refusal(spoilt)
+    assert "model.safetensors" in refusal(spoiled)
 
 
-def test_missing_weights_a_directory_and_a_link_to_itself_are_refused(spoilt):
-    path = spoilt / "model.safetensors"
+def test_missing_weights_a_directory_and_a_link_to_itself_are_refused(spoiled):
+    path = spoiled / "model.safetensors"
     path.unlink()
-    assert "model.safetensors" in refusal(spoilt)
+    assert "model.safetensors" in refusal(spoiled)
     path.mkdir()
-    assert "model.safetensors" in refusal(spoilt)
+    assert "model.safetensors" in refusal(spoiled)
     path.rmdir()
     path.symlink_to(path)
-    assert "model.safetensors" in refusal(spoilt)
+    assert "model.safetensors" in refusal(spoiled)
 
 
 class Bomb:
@@ -235,25 +235,25 @@ class Bomb:
         return os.mkdir, (self.directory,)
 
 
-def test_a_pickle_in_place_of_the_weights_is_refused_and_not_executed(spoilt):
-    directory = spoilt / "executed"
-    (spoilt / "model.safetensors").write_bytes(pickle.dumps(Bomb(str(directory))))
-    assert "model.safetensors" in refusal(spoilt)
+def test_a_pickle_in_place_of_the_weights_is_refused_and_not_executed(spoiled):
+    directory = spoiled / "executed"
+    (spoiled / "model.safetensors").write_bytes(pickle.dumps(Bomb(str(directory))))
+    assert "model.safetensors" in refusal(spoiled)
     assert not directory.exists()
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
-def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(spoilt, name):
-    (spoilt / name).unlink()
-    os.mkfifo(spoilt / name)
-    assert name in refusal(spoilt)
+def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(spoiled, name):
+    (spoiled / name).unlink()
+    os.mkfifo(spoiled / name)
+    assert name in refusal(spoiled)
 
 
-def test_a_tensor_that_is_not_finite_is_named_when_it_is_first_used(spoilt):
+def test_a_tensor_that_is_not_finite_is_named_when_it_is_first_used(spoiled):
     name = "language_model.model.layers.1.mlp.up_proj.weight"
 
     def spoil(tensors):
         tensors[name][3, 5] = torch.nan
 
-    change_tensors(spoilt, spoil)
-    assert name in refusal(spoilt)
+    change_tensors(spoiled, spoil)
+    assert name in refusal(spoiled)

@@ -71,7 +71,7 @@ def test_the_answer_to_a_later_question_is_that_of_the_whole_conversation_in_one
     assert new_ids == expected.tolist()
 
 
-def test_an_end_id_that_the_template_replaces_is_not_penalised_later(
+def test_an_end_id_that_the_template_replaces_is_not_penalized_later(
     processor, conversation, monkeypatch
 ):
     end_id = processor.tokenizer.added_tokens["<|endoftext|>"]
@@ -284,7 +284,7 @@ def test_help_is_shown_when_it_is_asked_for(run_chat):
 
 @pytest.fixture
 def run_chat(run, monkeypatch):
-    """Runs a conversation in this process, and gives Ctrl-C its meaning back afterwards."""
+    """Runs a conversation in this process, and gives Ctrl-C its meaning back afterward."""
     handler = signal.getsignal(signal.SIGINT)
 
     def call(*arguments, lines):

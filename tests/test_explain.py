@@ -88,7 +88,7 @@ def test_each_group_of_windows_has_its_own_stages_in_the_order_of_the_work(proce
 def test_frames_are_explained_with_their_numbers():
     text = describe_frames(199)
     assert text.startswith("199 mel frames become 100 conv frames, because")
-    assert "up to 198, with its neighbours. The last sees mel frames up to 200, " in text
+    assert "up to 198, with its neighbors. The last sees mel frames up to 200, " in text
     assert "so conv1 is computed for 201. 100 become 50 audio frames" in text
     assert "conv1" not in describe_frames(3000)
     assert "drops" not in text
@@ -101,8 +101,8 @@ def test_a_prompt_is_its_tokens_with_the_run_of_sound_folded(processor):
     counts = [count for text, count in folded if text == "<sound>"]
     assert counts == [37]
     assert [count for text, count in folded if text != "<sound>"] == [1] * (len(folded) - 1)
-    spelt_out = "".join(text * count for text, count in folded)
-    assert spelt_out == processor.decode(inputs["input_ids"][0])
+    spelled_out = "".join(text * count for text, count in folded)
+    assert spelled_out == processor.decode(inputs["input_ids"][0])
 
 
 # ---- The picture ----
@@ -124,7 +124,7 @@ def test_the_picture_has_a_border_between_windows_and_their_audio_frames_below(e
 def test_low_tones_are_drawn_below_and_later_ones_on_the_right():
     features = torch.zeros(1, 128, 3000)
     features[0, :8, 100:200] = 1  # low and late
-    lines = picture(features, [200], 52, coloured=False).splitlines()
+    lines = picture(features, [200], 52, colored=False).splitlines()
     assert lines[15][-2] == "#"
     assert lines[15][11] == " "
     assert lines[0][10:].strip("| ") == ""
@@ -135,7 +135,7 @@ def test_hz_and_seconds_stand_at_their_places():
     seconds = torch.arange(48000) / 16000
     tone = torch.sin(2 * torch.pi * 1000 * seconds) * ((seconds >= 1) & (seconds < 2))
     features, mask = feature_batch([tone])
-    lines = picture(features, mask.sum(1).tolist(), 111, coloured=False).splitlines()
+    lines = picture(features, mask.sum(1).tolist(), 111, colored=False).splitlines()
     brightest = max(lines[:16], key=lambda line: line.count("#"))
     assert brightest.startswith("  1000 Hz ")
     axis = lines[17]
@@ -143,8 +143,8 @@ def test_hz_and_seconds_stand_at_their_places():
     assert abs(brightest.index("#") - axis.index(" 1 ") - 1) <= 1
 
 
-def test_a_terminal_of_256_colours_gets_colours():
-    text = picture(torch.rand(1, 128, 3000), [3000], 50, coloured=True)
+def test_a_terminal_of_256_colors_gets_colors():
+    text = picture(torch.rand(1, 128, 3000), [3000], 50, colored=True)
     assert "\x1b[38;5;" in text
     assert text.count("\n") == 17
     assert text.splitlines()[0].endswith("\x1b[0m|")

@@ -238,11 +238,11 @@ def test_another_head_shows_another_attention(browser, page):
 
 @pytest.mark.parametrize("width", [360, 760, 1300])
 @pytest.mark.parametrize("dark", [False, True])
-def test_a_page_fits_and_follows_the_colour_scheme(browser, page, width, dark):
+def test_a_page_fits_and_follows_the_color_scheme(browser, page, width, dark):
     browser.open(page, width=width, dark=dark)
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
-    colour = browser.evaluate("getComputedStyle(document.body).backgroundColor")
-    brightness = sum(int(number) for number in re.findall(r"\d+", colour)) / 3
+    color = browser.evaluate("getComputedStyle(document.body).backgroundColor")
+    brightness = sum(int(number) for number in re.findall(r"\d+", color)) / 3
     assert (brightness < 128) == dark
 
 

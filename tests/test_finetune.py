@@ -1,4 +1,4 @@
-"""Fine-tuning: only the answers are learnt, and an interruption leaves no trace."""
+"""Fine-tuning: only the answers are learned, and an interruption leaves no trace."""
 
 import json
 import signal

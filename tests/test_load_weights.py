@@ -28,25 +28,25 @@ from_pretrained = AudioFlamingo3ForConditionalGeneration.from_pretrained
 # ---- Layouts ----
 
 
-def test_shards_are_read_through_their_index(spoilt, model):
-    write_sharded(spoilt)
-    tensors = from_pretrained(spoilt, "cpu").state_dict()
+def test_shards_are_read_through_their_index(spoiled, model):
+    write_sharded(spoiled)
+    tensors = from_pretrained(spoiled, "cpu").state_dict()
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensors[name], tensor)
 
 
-def test_weights_saved_beside_older_shards_are_warned_about(spoilt):
-    single = (spoilt / "model.safetensors").read_bytes()
-    write_sharded(spoilt)
-    for shard in spoilt.glob("model-*.safetensors"):
+def test_weights_saved_beside_older_shards_are_warned_about(spoiled):
+    single = (spoiled / "model.safetensors").read_bytes()
+    write_sharded(spoiled)
+    for shard in spoiled.glob("model-*.safetensors"):
         os.utime(shard, (1000, 1000))
-    (spoilt / "model.safetensors").write_bytes(single)
+    (spoiled / "model.safetensors").write_bytes(single)
     with pytest.warns(UserWarning, match=r"model\.safetensors is newer than model-00001-of-00002"):
-        from_pretrained(spoilt, "cpu")
-    os.utime(spoilt / "model.safetensors", (900, 900))
+        from_pretrained(spoiled, "cpu")
+    os.utime(spoiled / "model.safetensors", (900, 900))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        from_pretrained(spoilt, "cpu")
+        from_pretrained(spoiled, "cpu")
 
 
 def test_a_directory_that_is_no_checkpoint_is_refused_as_one(tmp_path):
@@ -78,15 +78,15 @@ def test_parameters_have_the_names_of_the_checkpoint(micro, model):
     assert set(model.state_dict()) == set(load_file(micro / "model.safetensors"))
 
 
-def test_the_dtype_is_the_checkpoints_unless_another_is_asked_for(spoilt):
+def test_the_dtype_is_the_checkpoints_unless_another_is_asked_for(spoiled):
     def round_tensors(tensors):
         for name in tensors:
             tensors[name] = tensors[name].bfloat16()
 
-    change_tensors(spoilt, round_tensors)
-    assert from_pretrained(spoilt, "cpu").dtype == torch.bfloat16
-    assert from_pretrained(spoilt, "cpu", torch.float16).dtype == torch.float16
-    parameters = from_pretrained(spoilt, "cpu", "float32").parameters()
+    change_tensors(spoiled, round_tensors)
+    assert from_pretrained(spoiled, "cpu").dtype == torch.bfloat16
+    assert from_pretrained(spoiled, "cpu", torch.float16).dtype == torch.float16
+    parameters = from_pretrained(spoiled, "cpu", "float32").parameters()
     assert {parameter.dtype for parameter in parameters} == {torch.float32}
 
 
@@ -116,43 +116,43 @@ def read_text_config(folder) -> dict:
 
 
 @pytest.mark.parametrize("spelling", ["flat", "nested"])
-def test_the_rotary_base_is_read_in_both_spellings(spoilt, spelling):
-    config = read_json(spoilt / "config.json")
+def test_the_rotary_base_is_read_in_both_spellings(spoiled, spelling):
+    config = read_json(spoiled / "config.json")
     del config["text_config"]["rope_parameters"]
     if spelling == "flat":
         config["text_config"]["rope_theta"] = 5e5
     else:
         config["text_config"]["rope_parameters"] = {"rope_theta": 5e5}
-    change_json(spoilt / "config.json", **config)
-    assert read_text_config(spoilt)["rope_theta"] == 5e5
+    change_json(spoiled / "config.json", **config)
+    assert read_text_config(spoiled)["rope_theta"] == 5e5
 
 
-def test_a_missing_rotary_base_is_that_of_transformers(spoilt):
-    change_section(spoilt / "config.json", "text_config", rope_parameters=None)
-    assert read_text_config(spoilt)["rope_theta"] == 10000
+def test_a_missing_rotary_base_is_that_of_transformers(spoiled):
+    change_section(spoiled / "config.json", "text_config", rope_parameters=None)
+    assert read_text_config(spoiled)["rope_theta"] == 10000
 
 
-def test_generation_options_come_from_the_generation_config(spoilt):
-    change_json(spoilt / "generation_config.json", eos_token_id=7, repetition_penalty=1.5)
-    options = from_pretrained(spoilt, "cpu").generation_config
+def test_generation_options_come_from_the_generation_config(spoiled):
+    change_json(spoiled / "generation_config.json", eos_token_id=7, repetition_penalty=1.5)
+    options = from_pretrained(spoiled, "cpu").generation_config
     assert options.eos_token_id == 7
     assert options.repetition_penalty == 1.5
     assert options.max_new_tokens == 512
     assert options.do_sample is False
 
 
-def test_without_a_generation_config_end_and_padding_are_the_tokenizers(spoilt, processor):
-    (spoilt / "generation_config.json").unlink()
-    options = from_pretrained(spoilt, "cpu").generation_config
+def test_without_a_generation_config_end_and_padding_are_the_tokenizers(spoiled, processor):
+    (spoiled / "generation_config.json").unlink()
+    options = from_pretrained(spoiled, "cpu").generation_config
     assert options.eos_token_id == processor.tokenizer.eos_token_id
     assert options.pad_token_id == processor.tokenizer.pad_token_id
 
 
-def test_a_named_token_may_be_an_object(spoilt):
-    change_json(spoilt / "tokenizer_config.json", eos_token={"content": "<|im_end|>"})
-    tokenizer = AudioFlamingo3Processor.from_pretrained(spoilt).tokenizer
+def test_a_named_token_may_be_an_object(spoiled):
+    change_json(spoiled / "tokenizer_config.json", eos_token={"content": "<|im_end|>"})
+    tokenizer = AudioFlamingo3Processor.from_pretrained(spoiled).tokenizer
     assert tokenizer.eos_token_id == tokenizer.added_tokens["<|im_end|>"]
-    assert from_pretrained(spoilt, "cpu")
+    assert from_pretrained(spoiled, "cpu")
 
 
 # ---- The hub cache ----
@@ -197,18 +197,18 @@ def test_a_model_that_is_not_there_is_refused_with_the_command_that_downloads_it
 # ---- Faults ----
 
 
-def test_every_missing_unexpected_and_misshapen_tensor_is_named(spoilt):
+def test_every_missing_unexpected_and_misshapen_tensor_is_named(spoiled):
     def spoil(tensors):
         tensors["audio_tower.layers.9.fc1.bias"] = torch.zeros(3)
         del tensors["language_model.model.norm.weight"]
         tensors["multi_modal_projector.linear_1.bias"] = torch.zeros(47)
 
-    change_tensors(spoilt, spoil)
+    change_tensors(spoiled, spoil)
     with pytest.raises(ValueError) as error:
-        from_pretrained(spoilt)
+        from_pretrained(spoiled)
     message = str(error.value)
     assert "\n" not in message
-    assert str(spoilt) in message
+    assert str(spoiled) in message
     assert 'Missing key(s) in state_dict: "language_model.model.norm.weight"' in message
     assert 'Unexpected key(s) in state_dict: "audio_tower.layers.9.fc1.bias"' in message
     assert "multi_modal_projector.linear_1.bias" in message
@@ -216,46 +216,46 @@ def test_every_missing_unexpected_and_misshapen_tensor_is_named(spoilt):
     assert "[48]" in message
 
 
-def test_integer_tensors_are_refused_by_name(spoilt):
+def test_integer_tensors_are_refused_by_name(spoiled):
     def spoil(tensors):
         tensors["audio_tower.layer_norm.bias"] = torch.zeros(32, dtype=torch.int8)
 
-    change_tensors(spoilt, spoil)
+    change_tensors(spoiled, spoil)
     with pytest.raises(ValueError, match=r"audio_tower\.layer_norm\.bias"):
-        from_pretrained(spoilt)
+        from_pretrained(spoiled)
 
 
-def test_a_truncated_shard_is_named(spoilt):
-    write_sharded(spoilt)
-    shard = spoilt / "model-00002-of-00002.safetensors"
+def test_a_truncated_shard_is_named(spoiled):
+    write_sharded(spoiled)
+    shard = spoiled / "model-00002-of-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1000])
     with pytest.raises(ValueError, match=r"model-00002-of-00002\.safetensors: .*file not fully"):
-        from_pretrained(spoilt)
+        from_pretrained(spoiled)
 
 
-def test_a_missing_shard_is_named(spoilt):
-    write_sharded(spoilt)
-    (spoilt / "model-00002-of-00002.safetensors").unlink()
+def test_a_missing_shard_is_named(spoiled):
+    write_sharded(spoiled)
+    (spoiled / "model-00002-of-00002.safetensors").unlink()
     message = r"model-00002-of-00002\.safetensors: no such file"
     with pytest.raises(ValueError, match=message):
-        from_pretrained(spoilt)
+        from_pretrained(spoiled)
 
 
-def test_a_tokenizer_without_the_sound_token_is_refused(spoilt):
-    path = spoilt / "tokenizer.json"
+def test_a_tokenizer_without_the_sound_token_is_refused(spoiled):
+    path = spoiled / "tokenizer.json"
     path.write_text(path.read_text().replace('"<sound>"', '"<noise>"'))
     with pytest.raises(ValueError, match="<sound>"):
-        from_pretrained(spoilt)
+        from_pretrained(spoiled)
     with pytest.raises(ValueError, match="<sound>"):
-        AudioFlamingo3Processor.from_pretrained(spoilt)
+        AudioFlamingo3Processor.from_pretrained(spoiled)
 
 
-def test_a_vocabulary_that_is_not_the_tokenizers_is_refused_with_both_sizes(spoilt):
-    tokenizer = read_json(spoilt / "tokenizer.json")
-    change_json(spoilt / "tokenizer.json", added_tokens=tokenizer["added_tokens"][:-1])
+def test_a_vocabulary_that_is_not_the_tokenizers_is_refused_with_both_sizes(spoiled):
+    tokenizer = read_json(spoiled / "tokenizer.json")
+    change_json(spoiled / "tokenizer.json", added_tokens=tokenizer["added_tokens"][:-1])
     size = len(tokenizer["model"]["vocab"]) + len(tokenizer["added_tokens"])
     with pytest.raises(ValueError, match=rf"vocab_size is {size} .* has {size - 1} tokens"):
-        from_pretrained(spoilt)
+        from_pretrained(spoiled)
 
 
 @pytest.mark.parametrize(
@@ -272,15 +272,15 @@ def test_a_vocabulary_that_is_not_the_tokenizers_is_refused_with_both_sizes(spoi
     ],
 )
 def test_a_configuration_of_another_network_is_refused_by_field(
-    spoilt, section, field, value, named
+    spoiled, section, field, value, named
 ):
-    change_section(spoilt / "config.json", section, **{field: value})
+    change_section(spoiled / "config.json", section, **{field: value})
     with pytest.raises(ValueError, match=rf"config\.json: {named}"):
-        from_pretrained(spoilt)
+        from_pretrained(spoiled)
 
 
 @pytest.mark.parametrize("content", ["[1, 2]", "not json", json.dumps({"model_type": "voxtral"})])
-def test_a_config_that_is_none_of_this_model_is_refused(spoilt, content):
-    (spoilt / "config.json").write_text(content)
+def test_a_config_that_is_none_of_this_model_is_refused(spoiled, content):
+    (spoiled / "config.json").write_text(content)
     with pytest.raises(ValueError, match=r"config\.json: "):
-        from_pretrained(spoilt)
+        from_pretrained(spoiled)

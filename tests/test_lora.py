@@ -32,10 +32,10 @@ DECODER = "base_model.model.model.language_model"
 
 
 @pytest.fixture
-def checkpoint(spoilt):
+def checkpoint(spoiled):
     """A checkpoint with an adapter in think/, as peft saved it."""
-    shutil.copytree(TESTS / "think", spoilt / "think")
-    return spoilt
+    shutil.copytree(TESTS / "think", spoiled / "think")
+    return spoiled
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_a_merged_model_has_one_dtype_and_needs_no_gradients(checkpoint):
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_a_merged_model_can_be_quantised(checkpoint, batch):
+def test_a_merged_model_can_be_quantized(checkpoint, batch):
     model = load_merged(checkpoint)
     expected = model(**batch).logits
     logits = quantize(model)(**batch).logits

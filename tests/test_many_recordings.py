@@ -167,10 +167,10 @@ def test_a_recording_too_large_for_memory_is_an_error_of_its_own(run_lines, fold
 
 
 @pytest.mark.parametrize("end_ids, cut", [([0], 3), (list(range(1000)), 0)])
-def test_answers_that_the_limit_has_ended_are_counted(run, folder, spoilt, end_ids, cut):
-    path = spoilt / "generation_config.json"
+def test_answers_that_the_limit_has_ended_are_counted(run, folder, spoiled, end_ids, cut):
+    path = spoiled / "generation_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": end_ids}))
-    _, _, err = run(folder / "part 0", "Hi", "--max-new-tokens", 3, model=spoilt)
+    _, _, err = run(folder / "part 0", "Hi", "--max-new-tokens", 3, model=spoiled)
     assert ("ended by the limit, which --max-new-tokens sets: 3" in err) == (cut == 3)
 
 

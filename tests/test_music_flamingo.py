@@ -140,7 +140,7 @@ def test_the_angles_at_full_width_are_those_of_the_official_model():
     assert abs(math.cos(angles[2, 749, 128]) - 0.31526735) < 1e-6
 
 
-def test_neighbouring_channels_are_rotated_and_the_upper_ones_pass():
+def test_neighboring_channels_are_rotated_and_the_upper_ones_pass():
     embedding = RotaryTimeEmbedding(RotaryTimeConfig(), AudioFlamingo3EncoderConfig())
     x = torch.randn(1, 20, 1280, generator=torch.Generator().manual_seed(0))
     rotated = embedding(x, torch.tensor([3]))

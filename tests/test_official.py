@@ -64,7 +64,7 @@ def test_answers_that_differ_are_reported_with_their_first_token(run_official, r
     assert output.count("(this one may differ in bfloat16)") == 1
 
 
-def test_the_published_answer_is_recognised(run_official, recordings, monkeypatch):
+def test_the_published_answer_is_recognized(run_official, recordings, monkeypatch):
     _, output, _ = run_official(TINY, recordings)
     answers = [line.split(":", 1)[1].strip() for line in output.split("\n") if "answer:  " in line]
     questions = []

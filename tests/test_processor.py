@@ -107,7 +107,7 @@ def test_ids_of_the_official_tokenizer_are_those_of_transformers(qwen):
     assert tokenizer.pad_token_id == 151671
 
 
-def test_neighbouring_texts_are_encoded_as_one(qwen):
+def test_neighboring_texts_are_encoded_as_one(qwen):
     assert Tokenizer(qwen).encode_pieces(["user\n", "\nhi"])[-2] == 271  # "\n\n", not twice "\n"
 
 
@@ -365,7 +365,7 @@ def test_labels_leave_out_audio_and_padding(processor):
     assert torch.equal(batch["labels"][~left_out], batch["input_ids"][~left_out])
 
 
-def labelled_text(processor, batch, row=0):
+def labeled_text(processor, batch, row=0):
     labels = batch["labels"][row]
     return processor.decode(labels[labels != -100])
 
@@ -379,28 +379,28 @@ def exchange(question, answer):
 def test_answer_labels_are_what_the_assistant_says_and_its_end(processor, padding_side):
     chats = [exchange("What is it?", "rain"), exchange("Hi", "seven three one")]
     batch = processor.apply_chat_template(chats, output_labels="answer", padding_side=padding_side)
-    assert labelled_text(processor, batch, 0) == "rain<|im_end|>"
-    assert labelled_text(processor, batch, 1) == "seven three one<|im_end|>"
-    is_labelled = batch["labels"] != -100
-    assert torch.equal(batch["labels"][is_labelled], batch["input_ids"][is_labelled])
+    assert labeled_text(processor, batch, 0) == "rain<|im_end|>"
+    assert labeled_text(processor, batch, 1) == "seven three one<|im_end|>"
+    is_labeled = batch["labels"] != -100
+    assert torch.equal(batch["labels"][is_labeled], batch["input_ids"][is_labeled])
 
 
-def test_every_turn_of_the_assistant_is_labelled(processor):
+def test_every_turn_of_the_assistant_is_labeled(processor):
     chat = [*exchange("One?", "rain"), *exchange("Two?", "sea waves")]
     batch = processor.apply_chat_template(chat, output_labels="answer")
-    assert labelled_text(processor, batch) == "rain<|im_end|>sea waves<|im_end|>"
+    assert labeled_text(processor, batch) == "rain<|im_end|>sea waves<|im_end|>"
 
 
-def test_line_ends_before_an_answer_are_labelled_with_the_token_that_they_share(qwen):
+def test_line_ends_before_an_answer_are_labeled_with_the_token_that_they_share(qwen):
     processor = AudioFlamingo3Processor(Tokenizer(qwen))
     batch = processor.apply_chat_template(exchange("Hi", "\n\nrain"), output_labels="answer")
-    assert labelled_text(processor, batch) == "\n\n\nrain<|im_end|>"
+    assert labeled_text(processor, batch) == "\n\n\nrain<|im_end|>"
 
 
 def test_a_finished_template_has_answer_labels_too(processor):
     prompt = "<|im_start|>user\nassistant\n<|im_end|>\n<|im_start|>assistant\nrain<|im_end|>\n"
     batch = processor(prompt, output_labels="answer")
-    assert labelled_text(processor, batch) == "rain<|im_end|>"
+    assert labeled_text(processor, batch) == "rain<|im_end|>"
 
 
 def test_a_prompt_without_an_answer_has_no_answer_labels(processor):
@@ -534,24 +534,26 @@ def test_a_transcription_request_may_have_another_prompt(processor):
 # ---- The files of a processor ----
 
 
-def test_a_feature_extractor_that_is_not_this_models_is_refused_by_field(spoilt):
-    change_json(spoilt / "processor_config.json", feature_extractor={"hop_length": 200})
+def test_a_feature_extractor_that_is_not_this_models_is_refused_by_field(spoiled):
+    change_json(spoiled / "processor_config.json", feature_extractor={"hop_length": 200})
     message = r"processor_config\.json: hop_length is 200; this model's is 160"
     with pytest.raises(ValueError, match=message):
-        AudioFlamingo3Processor.from_pretrained(spoilt)
+        AudioFlamingo3Processor.from_pretrained(spoiled)
 
 
-def test_a_flat_preprocessor_config_is_read_too(spoilt):
-    (spoilt / "processor_config.json").unlink()
-    (spoilt / "preprocessor_config.json").write_text('{"sampling_rate": 16000, "feature_size": 80}')
+def test_a_flat_preprocessor_config_is_read_too(spoiled):
+    (spoiled / "processor_config.json").unlink()
+    (spoiled / "preprocessor_config.json").write_text(
+        '{"sampling_rate": 16000, "feature_size": 80}'
+    )
     message = r"preprocessor_config\.json: feature_size is 80; this model's is 128"
     with pytest.raises(ValueError, match=message):
-        AudioFlamingo3Processor.from_pretrained(spoilt)
+        AudioFlamingo3Processor.from_pretrained(spoiled)
 
 
-def test_max_audio_len_is_honoured(spoilt):
-    change_json(spoilt / "processor_config.json", max_audio_len=60)
-    processor = AudioFlamingo3Processor.from_pretrained(spoilt)
+def test_max_audio_len_is_honored(spoiled):
+    change_json(spoiled / "processor_config.json", max_audio_len=60)
+    processor = AudioFlamingo3Processor.from_pretrained(spoiled)
     with pytest.warns(UserWarning, match=r"^70\.0 s of audio: only the first 60\.0 s are heard$"):
         batch = processor("Hi", np.zeros(70 * 16000))
     assert len(batch["input_features"]) == 2

@@ -75,7 +75,7 @@ def test_an_int4_layer_is_within_nine_percent_of_the_linear_layer(width, rows, t
 
 
 @pytest.mark.parametrize("layer_class", LAYERS.values())
-def test_a_quantised_layer_gives_the_same_for_few_and_for_many_tokens(layer_class):
+def test_a_quantized_layer_gives_the_same_for_few_and_for_many_tokens(layer_class):
     layer = quantized(new_linear(576, 300), layer_class)
     x = random_tensor(100, 576)
     many = layer(x)
@@ -127,15 +127,15 @@ def test_int4_layers_do_without_an_operator_that_packs_in_another_way(monkeypatc
 
 def test_a_model_loaded_in_another_dtype_keeps_its_bytes(saved):
     model, folder = saved
-    in_bfloat16 = quantised_bytes(load_quantized(folder, "cpu", "bfloat16"))
-    assert in_bfloat16 <= quantised_bytes(model) == quantised_bytes(load_quantized(folder, "cpu"))
+    in_bfloat16 = quantized_bytes(load_quantized(folder, "cpu", "bfloat16"))
+    assert in_bfloat16 <= quantized_bytes(model) == quantized_bytes(load_quantized(folder, "cpu"))
 
 
-def quantised_bytes(model):
+def quantized_bytes(model):
     return sum(buffer.nbytes for buffer in model.buffers())
 
 
-def test_float16_is_refused_where_a_quantised_model_is_loaded(saved):
+def test_float16_is_refused_where_a_quantized_model_is_loaded(saved):
     with pytest.raises(ValueError, match="without --int8 and --int4, float16"):
         load_quantized(saved[1], "cpu", "float16")
 
@@ -146,7 +146,7 @@ def test_other_bits_are_refused(micro):
 
 
 @pytest.mark.parametrize("layer_class", LAYERS.values())
-def test_the_layer_that_is_quantised_keeps_its_weight(layer_class):
+def test_the_layer_that_is_quantized_keeps_its_weight(layer_class):
     linear = torch.nn.Linear(64, 64)
     before = linear.weight.detach().clone()
     layer_class(linear).fill(linear.weight)
@@ -161,19 +161,19 @@ def test_float16_is_refused_because_its_products_overflow(micro, bits):
 
 
 @pytest.mark.parametrize("bits", LAYERS)
-def test_the_decoders_linear_layers_and_the_head_are_quantised_and_no_other(micro, model, bits):
+def test_the_decoders_linear_layers_and_the_head_are_quantized_and_no_other(micro, model, bits):
     expected = set()
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name.startswith("language_model."):
             expected.add(name)
-    quantised_model = quantize(from_pretrained(micro, "cpu"), bits)
-    quantised = set()
-    for name, module in quantised_model.named_modules():
+    quantized_model = quantize(from_pretrained(micro, "cpu"), bits)
+    quantized = set()
+    for name, module in quantized_model.named_modules():
         if isinstance(module, LAYERS[bits]):
-            quantised.add(name)
-    assert quantised == expected
+            quantized.add(name)
+    assert quantized == expected
     assert len(expected) == 15
-    assert quantised_model.dtype == torch.float32
+    assert quantized_model.dtype == torch.float32
 
 
 @pytest.mark.parametrize("layer_class, most", [(Int8Linear, 8.2), (Int4Linear, 4.6)])
@@ -196,7 +196,7 @@ def test_logits_of_tiny_stay_close(dtype, bits, limit):
 
 
 @pytest.mark.parametrize("bits", LAYERS)
-def test_weights_leave_memory_when_they_have_been_quantised(micro, monkeypatch, bits):
+def test_weights_leave_memory_when_they_have_been_quantized(micro, monkeypatch, bits):
     weights = []
     alive_counts = []
     fill = LAYERS[bits].fill
@@ -222,7 +222,7 @@ def audio_batch(processor):
 
 @pytest.fixture(params=LAYERS)
 def saved(request, micro, tmp_path):
-    """A quantised model and the directory that it was saved to."""
+    """A quantized model and the directory that it was saved to."""
     model = quantize(from_pretrained(micro, "cpu"), request.param)
     AudioFlamingo3Processor.from_pretrained(micro).save_pretrained(tmp_path)
     save_quantized(model, tmp_path)
@@ -262,7 +262,7 @@ def test_a_saved_directory_says_what_it_is(saved):
     assert config["quantization_config"]["bits"] in LAYERS
 
 
-def test_other_quantised_checkpoints_are_refused_by_what_they_say(saved):
+def test_other_quantized_checkpoints_are_refused_by_what_they_say(saved):
     _, folder = saved
     path = folder / "config.json"
     config = json.loads(path.read_text())
@@ -272,7 +272,7 @@ def test_other_quantised_checkpoints_are_refused_by_what_they_say(saved):
         load_quantized(folder)
 
 
-def test_a_model_that_is_not_quantised_is_saved_by_save_pretrained(micro, tmp_path):
+def test_a_model_that_is_not_quantized_is_saved_by_save_pretrained(micro, tmp_path):
     with pytest.raises(ValueError, match="save_pretrained"):
         save_quantized(from_pretrained(micro, "cpu"), tmp_path)
 
@@ -290,14 +290,14 @@ def test_save_writes_what_the_model_option_then_takes(run, clip, micro, tmp_path
     assert run(*options, model=folder)[1] == expected
 
 
-def test_save_without_quantisation_writes_a_plain_checkpoint(run, tmp_path, audio_batch, model):
+def test_save_without_quantization_writes_a_plain_checkpoint(run, tmp_path, audio_batch, model):
     run("--save", tmp_path / "saved", "--quiet")
     logits = from_pretrained(tmp_path / "saved", "cpu")(**audio_batch).logits
     assert torch.equal(logits, model(**audio_batch).logits)
 
 
 @pytest.mark.parametrize("option", ["--int8", "--int4", "--think"])
-def test_a_quantised_model_is_not_changed_again(run, clip, saved, option):
+def test_a_quantized_model_is_not_changed_again(run, clip, saved, option):
     status, _, err = run(clip, "Hi", option, model=saved[1])
     assert status == 2
     assert "is quantised" in err

@@ -87,11 +87,11 @@ def test_the_original_layout_is_saved_in_the_hub_layout(micro, tmp_path, model):
         assert (tmp_path / "hub" / name).read_text() == (TINY / name).read_text()
 
 
-def test_options_of_generation_are_saved_as_they_are_now(spoilt):
-    model = load(spoilt)
+def test_options_of_generation_are_saved_as_they_are_now(spoiled):
+    model = load(spoiled)
     model.generation_config.max_new_tokens = 7
-    model.save_pretrained(spoilt)
-    assert load(spoilt).generation_config.max_new_tokens == 7
+    model.save_pretrained(spoiled)
+    assert load(spoiled).generation_config.max_new_tokens == 7
 
 
 # ---- Shards ----
@@ -111,20 +111,20 @@ def test_large_weights_are_divided_into_shards_with_an_index(model, processor, t
     assert_same_tensors(load(tmp_path), model)
 
 
-def test_new_weights_replace_shards_that_were_there(spoilt, model):
-    write_sharded(spoilt)
-    changed = load(spoilt)
+def test_new_weights_replace_shards_that_were_there(spoiled, model):
+    write_sharded(spoiled)
+    changed = load(spoiled)
     changed.multi_modal_projector.linear_1.bias.fill_(7)
-    changed.save_pretrained(spoilt)
-    assert [path.name for path in spoilt.glob("*.safetensors*")] == ["model.safetensors"]
-    assert (load(spoilt).multi_modal_projector.linear_1.bias == 7).all()
+    changed.save_pretrained(spoiled)
+    assert [path.name for path in spoiled.glob("*.safetensors*")] == ["model.safetensors"]
+    assert (load(spoiled).multi_modal_projector.linear_1.bias == 7).all()
 
 
-def test_a_model_can_be_saved_where_its_own_memory_maps_are(spoilt, model):
-    loaded = load(spoilt)
-    loaded.save_pretrained(spoilt)
+def test_a_model_can_be_saved_where_its_own_memory_maps_are(spoiled, model):
+    loaded = load(spoiled)
+    loaded.save_pretrained(spoiled)
     assert_same_tensors(loaded, model)
-    assert_same_tensors(load(spoilt), model)
+    assert_same_tensors(load(spoiled), model)
 
 
 MEASURE = """
@@ -180,9 +180,9 @@ def test_memory_holds_no_second_copy_of_the_weights(micro, tmp_path):
 
 
 @pytest.mark.parametrize("moves", range(3))
-def test_an_interrupted_save_leaves_no_half_checkpoint(spoilt, monkeypatch, moves):
+def test_an_interrupted_save_leaves_no_half_checkpoint(spoiled, monkeypatch, moves):
     """Weights, generation_config.json and config.json are moved: it is interrupted after so many."""
-    model = load(spoilt)
+    model = load(spoiled)
     done = []
 
     def replace(source, destination):
@@ -192,38 +192,38 @@ def test_an_interrupted_save_leaves_no_half_checkpoint(spoilt, monkeypatch, move
 
     monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(KeyboardInterrupt):
-        model.save_pretrained(spoilt)
+        model.save_pretrained(spoiled)
     with pytest.raises(FileNotFoundError, match="no config.json inside"):
-        load(spoilt)
+        load(spoiled)
 
 
 def test_a_save_that_fails_while_it_writes_leaves_the_checkpoint_as_it_was(
-    spoilt, model, monkeypatch
+    spoiled, model, monkeypatch
 ):
     def full_disk(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("plumbing.save_checkpoint.save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        load(spoilt).save_pretrained(spoilt)
-    assert_same_tensors(load(spoilt), model)
-    assert not (spoilt / ".saving").exists()
+        load(spoiled).save_pretrained(spoiled)
+    assert_same_tensors(load(spoiled), model)
+    assert not (spoiled / ".saving").exists()
 
 
-def test_what_a_killed_save_has_left_does_no_harm(spoilt, model):
-    (spoilt / ".saving").mkdir()
-    (spoilt / ".saving" / "model-00001-of-00009.safetensors").write_text("half")
-    load(spoilt).save_pretrained(spoilt)
-    assert_same_tensors(load(spoilt), model)
-    assert not (spoilt / ".saving").exists()
+def test_what_a_killed_save_has_left_does_no_harm(spoiled, model):
+    (spoiled / ".saving").mkdir()
+    (spoiled / ".saving" / "model-00001-of-00009.safetensors").write_text("half")
+    load(spoiled).save_pretrained(spoiled)
+    assert_same_tensors(load(spoiled), model)
+    assert not (spoiled / ".saving").exists()
 
 
 # ---- Faults ----
 
 
-def test_a_quantised_model_is_refused(spoilt, tmp_path):
-    with pytest.raises(ValueError, match="scale: .* before it is quantised"):
-        quantize(load(spoilt)).save_pretrained(tmp_path / "saved")
+def test_a_quantized_model_is_refused(spoiled, tmp_path):
+    with pytest.raises(ValueError, match="scale: .* before it is quantized"):
+        quantize(load(spoiled)).save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 
 

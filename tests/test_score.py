@@ -9,7 +9,7 @@ from extras import score
 from extras.score import (
     chosen_letter,
     find_choices,
-    normalise,
+    normalize,
     score_file,
     share,
     word_error_rate,
@@ -48,8 +48,8 @@ def line(answer, response, **fields):
         ("...", ""),
     ],
 )
-def test_texts_are_compared_after_normalisation(text, expected):
-    assert normalise(text) == expected
+def test_texts_are_compared_after_normalization(text, expected):
+    assert normalize(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_word_errors_are_the_fewest_changes(response, answer, errors):
     assert word_errors(response, answer) == errors
 
 
-def test_an_exact_match_is_one_after_normalisation(write):
+def test_an_exact_match_is_one_after_normalization(write):
     figures = score_file(write(line("Rain.", "rain"), line("rain", "heavy rain")))
     assert figures["all"]["exact"][0] == 0.5
 

@@ -11,7 +11,7 @@ from conftest import ROOT
 from plumbing.audio_file import load_audio
 from signals import write_wav
 
-SECONDS = {"theo": 0.2, "lucas": 0.3}  # a length for each speaker, to recognise them by
+SECONDS = {"theo": 0.2, "lucas": 0.3}  # a length for each speaker, to recognize them by
 
 
 @pytest.fixture(scope="module")

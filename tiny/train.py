@@ -4,7 +4,7 @@
     python tiny/train.py OUT --speech FSDD [MORE ...] --sounds ESC10 --minutes 30 --resume
 
 Speech is in files DIGIT_SPEAKER_TAKE.wav; sounds are in a folder for each class, FOLD-....wav;
-music is synthesised. OUT already holds config.json and the other files of tiny/.
+music is synthesized. OUT already holds config.json and the other files of tiny/.
 
 Each clip is turned into a log-mel spectrogram once, at several speeds. Strings of digits, noise
 and masks are made from these spectrograms: there clips can be put one after the other exactly,
@@ -135,7 +135,7 @@ def off_topic_question(rng: random.Random) -> str:
     return " ".join(words).capitalize() + rng.choice(["", "?", ".", "!"])
 
 
-# ---- Tokenizer: a byte-level BPE learnt from these texts ----
+# ---- Tokenizer: a byte-level BPE learned from these texts ----
 
 
 def write_tokenizer(path: Path) -> None:
@@ -223,7 +223,7 @@ def read_speech(folders: list[Path], hold_out: bool, rng: random.Random) -> dict
         if hold_out and int(take) >= 45:
             continue
         waveform = load_audio(path)
-        # Synthesisers leave silence at both ends.
+        # Synthesizers leave silence at both ends.
         loud = np.flatnonzero(np.abs(waveform) > 0.02 * np.abs(waveform).max())
         waveform = waveform[max(0, loud[0] - 400) : loud[-1] + 800]
         digits = speech.setdefault(speaker, {})

@@ -202,7 +202,7 @@ class Baseline:
 
 
 def weight_bytes(module: torch.nn.Module) -> int:
-    """Of a linear layer, or of a quantised one with its scales; the bias is left out."""
+    """Of a linear layer, or of a quantized one with its scales; the bias is left out."""
     if isinstance(module, torch.nn.Linear):
         return module.weight.nbytes
     return sum(buffer.nbytes for buffer in module.buffers())
