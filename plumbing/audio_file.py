@@ -1,6 +1,6 @@
-"""Audio files: a path in, a mono waveform at the wanted sampling rate out.
+"""Audio files: a path in, a mono waveform at the requested sampling rate out.
 
-WAV files are read here. Other containers, and rarer kinds of WAV, go through the ffmpeg program.
+Common WAV files are decoded here. Other containers and rarer WAV formats are decoded by ffmpeg.
 """
 
 import math
@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# What ffmpeg may open. Playlists are not among them, because they can name other files.
+# The formats that ffmpeg may open. Playlists are excluded because they can refer to other files.
 FFMPEG_FORMATS = "mp3,flac,ogg,mov,matroska,avi,mpegts,mpeg,flv,aac,aiff,wav,w64,asf,caf,amr,au,wv"
 
-# Suffixes of the files that are taken from a folder of recordings.
+# A folder of recordings is searched for files with these suffixes.
 AUDIO_SUFFIXES = {
     *(".wav", ".mp3", ".flac", ".ogg", ".oga", ".opus", ".m4a", ".aac", ".aif", ".aiff", ".w64"),
     *(
@@ -51,11 +51,11 @@ AUDIO_SUFFIXES = {
 def load_audio(
     path: str | Path, sampling_rate: int = 16000, max_seconds: float | None = None
 ) -> np.ndarray:
-    """A mono float32 waveform (n,) in [-1, 1] at `sampling_rate` Hz; channels are averaged.
+    """Returns a mono float32 waveform (n,) in [-1, 1] at `sampling_rate` Hz; averages channels.
 
-    No more than `max_seconds` are read, with a warning where there are more. A truncated file
-    gives the samples it has, with a warning. Raises FileNotFoundError or ValueError, naming the
-    file.
+    Reads at most `max_seconds` and warns if the recording is longer. A truncated file yields the
+    samples it has, with a warning. Raises FileNotFoundError or ValueError; the message contains
+    the file name.
     """
     check_is_no_url(str(path))
     path = Path(path)
@@ -68,16 +68,16 @@ def load_audio(
         if waveform is None:
             waveform = read_with_ffmpeg(path, sampling_rate, max_seconds)
     if waveform is None or len(waveform) == 0:
-        raise ValueError(f"{path}: no samples inside that can be read.")
+        raise ValueError(f"{path}: no readable samples inside.")
     return waveform.numpy()
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Inside, PyTorch computes on one thread.
+    """Inside this context, PyTorch computes on one thread.
 
-    Two gain a sixth in resampling where the machine is idle. Beside two busy programs they wait
-    for each other: ten minutes at 44.1 kHz take 4 to 13 s on two threads, and 2 s on one.
+    On an idle machine, two threads resample a sixth faster. With two other busy programs they
+    wait for each other: ten minutes at 44.1 kHz take 4 to 13 s on two threads, and 2 s on one.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -88,11 +88,11 @@ def one_thread() -> Iterator[None]:
 
 
 def warn_about_length(seconds: float, max_seconds: float) -> None:
-    warnings.warn(f"{seconds:.1f} s of audio: only the first {max_seconds:.1f} s are heard")
+    warnings.warn(f"{seconds:.1f} s of audio: only the first {max_seconds:.1f} s are used")
 
 
 def check_is_no_url(name: str, place: str = "") -> None:
-    """`place` is where the name stands, for the error."""
+    """`place` says where the name was found; the error message starts with it."""
     # A Path has lost one of the two slashes.
     if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:/{1,2}\S+$", name) and not os.path.exists(name):
         raise ValueError(f"{place}{name}: a URL; only files are read, so download it first.")
@@ -113,9 +113,9 @@ def check_is_audio_file(path: Path) -> None:
 
 @contextmanager
 def stdin_as_file() -> Iterator[str]:
-    """A temporary file of what is on standard input: ffmpeg must move about in it.
+    """Copies standard input to a temporary file, because ffmpeg must be able to seek in it.
 
-    Errors and warnings that name the file are made to say "standard input".
+    Errors and warnings say "standard input" in place of the name of this file.
     """
     if sys.stdin is None:
         raise ValueError("Standard input is closed; a recording is expected there.")
@@ -136,9 +136,9 @@ def stdin_as_file() -> Iterator[str]:
 
 PCM = 1
 FLOAT = 3
-EXTENSIBLE = 0xFFFE  # the real code comes later in the header
+EXTENSIBLE = 0xFFFE  # the actual format code comes later in the header
 
-# numpy's type for a sample, by the header's code and bits.
+# numpy's type for a sample, by the header's format code and bits per sample.
 SAMPLE_TYPES = {
     (PCM, 8): "u1",
     (PCM, 16): "<i2",
@@ -148,8 +148,8 @@ SAMPLE_TYPES = {
     (FLOAT, 64): "<f8",
 }
 
-# A program that writes a WAV into a pipe cannot go back to fill in the size. It leaves about 4 GB,
-# or 0, as one does that is killed while it records.
+# A program that writes a WAV file to a pipe cannot go back to fill in the size. The header then
+# says about 4 GB, or 0, as it also does if the program is killed while recording.
 UNKNOWN_SIZE = 0xFFFFFF00
 
 
@@ -158,28 +158,28 @@ def is_wav(path: Path) -> bool:
         return re.fullmatch(b"RIFF.{4}WAVE", file.read(12), re.DOTALL) is not None
 
 
-PART_SECONDS = 10  # read and resampled at a time, so that a long recording needs little memory
+PART_SECONDS = 10  # read and resample this much at a time, so that memory use stays small
 
 
 def read_wav(
     file: BinaryIO, path: Path, sampling_rate: int, max_seconds: float | None
 ) -> Tensor | None:
-    """The waveform of a WAV file, as `load_audio` gives it.
+    """Returns the waveform of a WAV file, as `load_audio` does.
 
-    None if the file is of a kind that ffmpeg has to read. `path` is for warnings only.
+    Returns None for a WAV format that ffmpeg has to read. `path` is only for warnings and errors.
     """
     header = read_header(file)
     if header is None:
         return None
     check_rate(header.rate, path)
     parts = WavParts(file, header, max_seconds)
-    # All parts are read first: resampling in between would keep ffmpeg waiting.
+    # Read all parts first: resampling in between would keep ffmpeg waiting.
     resampled = resample_parts(list(parts), header.rate, sampling_rate)
     waveform = torch.cat([*resampled, torch.zeros(0)])
     if parts.is_cut_off():
         warnings.warn(
-            f"{path}: cut off: only {parts.seconds_read():.1f} s of {header.seconds():.1f} s "
-            "are there."
+            f"{path}: truncated: only {parts.seconds_read():.1f} s of {header.seconds():.1f} s "
+            "are present."
         )
     if max_seconds is not None and parts.seconds_read() > max_seconds:
         seconds = header.seconds() if header.size_is_known() else duration_by_ffmpeg(path)
@@ -189,7 +189,7 @@ def read_wav(
 
 
 class WavParts:
-    """The samples of a WAV file, mono, in parts of PART_SECONDS; only the last may be shorter."""
+    """Iterates over a WAV file in mono parts of PART_SECONDS; only the last may be shorter."""
 
     def __init__(self, file: BinaryIO, header: "Header", max_seconds: float | None):
         self.file = file
@@ -197,7 +197,7 @@ class WavParts:
         self.bytes_read = 0
         self.bytes_wanted = header.data_size
         if max_seconds is not None:
-            # A second more than is wanted, so that the end is resampled like the rest.
+            # Read one second more than needed, so that the end is resampled like the rest.
             longest = math.ceil(max_seconds + MARGIN_SECONDS) * header.bytes_per_second()
             self.bytes_wanted = min(header.data_size, longest)
 
@@ -222,7 +222,7 @@ class Header:
     rate: int  # Hz
     channels: int
     sample_type: str  # numpy's
-    frame_bytes: int  # of one sample of every channel
+    frame_bytes: int  # bytes of one sample of every channel
     data_size: int  # bytes of all samples
 
     def bytes_per_second(self) -> int:
@@ -236,7 +236,7 @@ class Header:
 
 
 def read_header(file: BinaryIO) -> Header | None:
-    """Reads a WAV file up to its first sample. None if it is not of a kind that is read here."""
+    """Reads a WAV file up to its first sample. Returns None for a format not supported here."""
     file.read(12)  # RIFF, size, WAVE
     sample_format = b""
     while True:
@@ -268,7 +268,7 @@ def check_rate(rate: int, path: Path) -> None:
 
 
 def skip(file: BinaryIO, count: int) -> None:
-    """Reads on by `count` bytes; a pipe cannot be moved in another way."""
+    """Skips `count` bytes by reading them, because a pipe cannot seek."""
     while count > 0:
         part = file.read(min(count, 1 << 20))
         if not part:
@@ -277,11 +277,11 @@ def skip(file: BinaryIO, count: int) -> None:
 
 
 def to_mono(content: bytes, header: Header) -> Tensor:
-    """The mean of the channels (n,), float32, of whole frames, without bytes of a broken one."""
+    """Returns the mean of the channels, float32 (n,). Drops an incomplete last frame."""
     count = len(content) // header.frame_bytes * header.channels
     samples = np.frombuffer(content, header.sample_type, count)
     if header.sample_type == "3u1":
-        # A zero byte below the three makes them the upper bytes of a 32-bit integer.
+        # With a zero byte below them, the three become the upper bytes of a 32-bit integer.
         samples = np.pad(samples, ((0, 0), (1, 0))).view("<i4")
     channels = to_float32(samples).reshape(-1, header.channels)
     weights = torch.full((header.channels,), 1 / header.channels)
@@ -290,7 +290,7 @@ def to_mono(content: bytes, header: Header) -> Tensor:
 
 @np.errstate(over="ignore")  # a float64 too large for float32 becomes infinity
 def to_float32(samples: np.ndarray) -> np.ndarray:
-    """float32 samples; integers are scaled by their type's range to [-1, 1)."""
+    """Converts samples to float32; integers are scaled by the range of their type to [-1, 1)."""
     if samples.dtype.kind == "f":
         return samples.astype(np.float32)
     half_range = 2.0 ** (8 * samples.itemsize - 1)
@@ -303,7 +303,7 @@ def to_float32(samples: np.ndarray) -> np.ndarray:
 
 
 def read_with_ffmpeg(path: Path, sampling_rate: int, max_seconds: float | None) -> Tensor | None:
-    """The waveform of the first audio stream in a file, as `load_audio` gives it."""
+    """Returns the waveform of the first audio stream of a file, as `load_audio` does."""
     command = ["ffmpeg", "-nostdin", "-v", "error"]
     if max_seconds is not None:
         command += ["-t", str(math.ceil(max_seconds + MARGIN_SECONDS))]
@@ -315,11 +315,11 @@ def read_with_ffmpeg(path: Path, sampling_rate: int, max_seconds: float | None) 
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=messages,
-                start_new_session=True,  # Ctrl-C is for this program, which then ends ffmpeg
+                start_new_session=True,  # Ctrl-C reaches only this program, which then stops ffmpeg
             )
         except FileNotFoundError:
             raise ValueError(
-                f"{path}: not a plain WAV file, and ffmpeg, which reads the others, "
+                f"{path}: not a plain WAV file, and ffmpeg, which reads other formats, "
                 "is not installed."
             ) from None
         except OSError as error:
@@ -329,7 +329,7 @@ def read_with_ffmpeg(path: Path, sampling_rate: int, max_seconds: float | None) 
         messages.seek(0)
         errors = messages.read().decode(errors="replace").strip().splitlines()
     reason = "no audio inside"
-    if process.returncode != 0:  # negative where a signal has killed it
+    if process.returncode != 0:  # negative if a signal killed it
         reason = f"ffmpeg ended with status {process.returncode}"
     if errors:
         reason = errors[0].replace(f"file:{path.absolute()}: ", "")
@@ -342,22 +342,22 @@ def read_with_ffmpeg(path: Path, sampling_rate: int, max_seconds: float | None) 
 
 
 def explain_ffmpeg(message: str) -> str:
-    """ffmpeg's message, in words of our own where it says nothing to a user."""
+    """Returns ffmpeg's message, or a plainer one where a user could not understand it."""
     if "matches no streams" in message:
-        return "it has pictures, but no sound"
+        return "it has video, but no audio"
     if "not on whitelist" in message:
         return "a playlist or a rare kind of file; convert it to WAV first"
     return re.sub(r" @ 0x[0-9a-f]+", "", message)  # addresses in ffmpeg's memory
 
 
 def ffmpeg_input(path: Path) -> list[str]:
-    """The arguments that let ffmpeg open this file, and no other that it may name."""
+    """Returns the arguments that let ffmpeg open this file, and no other that it refers to."""
     options = ["-protocol_whitelist", "file", "-format_whitelist", FFMPEG_FORMATS]
     return [*options, "-i", f"file:{path.absolute()}"]
 
 
 def duration_by_ffmpeg(path: Path) -> float:
-    """The seconds that a file says it has; 0 if it does not say."""
+    """Returns the duration in seconds that the file declares; 0 if it declares none."""
     command = ["ffmpeg", "-nostdin", *ffmpeg_input(path)]
     result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
     duration = re.search(rb"Duration: (\d+):(\d+):([\d.]+)", result.stderr)
@@ -370,17 +370,17 @@ def duration_by_ffmpeg(path: Path) -> float:
 # ---- Resampling ----
 
 
-MARGIN_SECONDS = 1  # of its neighbors that a part is resampled with; the filter reaches less far
+MARGIN_SECONDS = 1  # of each neighboring part, resampled along; longer than the filter's reach
 
 
 def resample(waveform: Tensor, rate: int, target: int) -> Tensor:
-    """A waveform (n,) at `rate` Hz as one of (ceil(n * target / rate),) at `target` Hz."""
+    """Resamples (n,) at `rate` Hz to (ceil(n * target / rate),) at `target` Hz."""
     parts = waveform.split(PART_SECONDS * rate)
     return torch.cat(list(resample_parts(parts, rate, target)))
 
 
 def resample_parts(parts: Iterable[Tensor], rate: int, target: int) -> Iterator[Tensor]:
-    """Resamples the parts of a recording, all but the last of whole seconds, as one recording."""
+    """Resamples parts as one recording. All parts but the last must be whole seconds long."""
     if rate == target:
         yield from parts
         return
@@ -399,12 +399,12 @@ def resample_parts(parts: Iterable[Tensor], rate: int, target: int) -> Iterator[
 
 
 def resample_piece(waveform: Tensor, rate: int, target: int) -> Tensor:
-    """Resamples in one piece.
+    """Resamples a waveform by one FFT.
 
-    Its whole spectrum is cut off at the lower of the two Nyquist frequencies, or padded with
-    zeros, and transformed back at the new length. Nothing is delayed.
+    The spectrum is cut off at the lower of the two Nyquist frequencies, or padded with zeros, and
+    transformed back at the new length. The result has no delay.
     """
-    # Every `down` samples become `up`. For a rate that nobody uses, the fraction is within 6e-6.
+    # Every `down` samples become `up`. For unusual rates the fraction is accurate to 6e-6.
     up, down = Fraction(target, rate).limit_denominator(2000).as_integer_ratio()
     num_blocks = fft_block_count(len(waveform), up, down)
 
@@ -416,10 +416,10 @@ def resample_piece(waveform: Tensor, rate: int, target: int) -> Tensor:
 
 
 def fft_block_count(samples: int, up: int, down: int) -> int:
-    """How many blocks of `down` samples to transform: all of them, and silence at the end.
+    """Returns how many blocks of `down` samples to transform: the waveform and silence after it.
 
     The transform is circular. At least 256 samples of silence keep the end of the recording from
-    ringing at its beginning. A multiple of a large power of two makes the FFT fast.
+    ringing at its beginning. The count is a multiple of a large power of two, for a fast FFT.
     """
     needed = samples // down + 256 // min(up, down)
     step = 1 << max(0, (samples // down).bit_length() - 4)
@@ -427,6 +427,6 @@ def fft_block_count(samples: int, up: int, down: int) -> int:
 
 
 def taper(num_bins: int) -> Tensor:
-    """1 for the lower 94% of the bins, then down to 0 along a cosine: a sharp edge would ring."""
+    """1 for the lower 94% of the bins, then a cosine down to 0, because a sharp edge would ring."""
     position = torch.linspace(-0.94, 0.06, num_bins).clamp(min=0)
     return torch.cos(position * math.pi / 0.12).square()

@@ -1,20 +1,20 @@
-"""The words of a command line: recordings first, then the prompt. Nothing is guessed."""
+"""Positional arguments: recordings first, then the prompt. Ambiguous ones are errors."""
 
 import os
 import re
 from collections.abc import Collection
 from pathlib import Path
 
-STDIN = "-"  # the name of a recording that is read from standard input
+STDIN = "-"  # stands for a recording on standard input
 
 
 def split_words(
     words: list[str], suffixes: Collection[str], may_be_prompt: bool
 ) -> tuple[list[str], str | None]:
-    """The recordings and the prompt: the last word, if it is not a file; else None.
+    """Returns the recordings and the prompt: the last word if it is not a file, otherwise None.
 
-    suffixes: those of sound files. may_be_prompt: a word that stands alone may be the prompt.
-    Raises ValueError, with what to write instead, where the words can be read in another way.
+    suffixes: those of sound files. may_be_prompt: a single word may be the prompt.
+    Raises ValueError, with a suggestion, if the words are ambiguous.
     """
     recordings = [word for word in words if is_recording(word)]
     others = [word for word in words if not is_recording(word)]
@@ -34,19 +34,19 @@ def split_words(
         )
     if words[-1] != others[0]:
         raise ValueError(
-            f"{others[0]!r} is not a file; the recordings come first, and then the prompt: "
+            f"{others[0]!r} is not a file; the recordings come first, then the prompt: "
             f'{" ".join(recordings)} "{others[0]}".'
         )
     return recordings, others[0]
 
 
 def is_recording(word: str) -> bool:
-    """Whether it is standard input, or there is a file or folder of that name."""
+    """Whether the word is "-" (standard input) or an existing file or folder."""
     return word == STDIN or os.path.exists(word)
 
 
 def check_is_no_missing_file(word: str, suffixes: Collection[str]) -> None:
-    """Refuses what looks like a mistyped recording, folder or option, and would be the prompt."""
+    """Refuses a prompt that looks like a mistyped recording, folder or option."""
     if re.match("[\u2013\u2014]", word):
         raise ValueError(f"{word}: begins with a dash; an option begins with two hyphens, --.")
     if Path(word).suffix.lower() in suffixes:
@@ -54,5 +54,5 @@ def check_is_no_missing_file(word: str, suffixes: Collection[str]) -> None:
         raise FileNotFoundError(f"{word}: no such file; a sound file is expected.{remedy}")
     if re.fullmatch(r"\S*/\S*|\S+\.\w{2,4}", word):
         raise FileNotFoundError(
-            f"{word}: no such file or folder. If it is the prompt, write more than a word."
+            f"{word}: no such file or folder. If it is the prompt, write more than one word."
         )

@@ -1,15 +1,15 @@
-"""The processes of one run, where torchrun has started several."""
+"""The number of processes that torchrun has started, and which of them this is."""
 
 import os
 
 
 def num_processes() -> int:
-    """How many there are; 1 without torchrun."""
+    """Returns how many processes there are; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def process_number() -> int:
-    """From 0 on; torchrun calls it the rank."""
+    """Returns the rank of this process, starting at 0."""
     return int(os.environ["RANK"]) if num_processes() > 1 else 0
 
 

@@ -1,4 +1,4 @@
-"""Replaces a file as a whole: whenever the program is killed, the old one or the new one is there."""
+"""Replaces a file atomically: if the program is killed, either the old or the new file remains."""
 
 import os
 import shutil
@@ -6,8 +6,8 @@ from pathlib import Path
 
 
 def replace_file(path: str | Path, text: str) -> None:
-    """Writes another file beside it, which then takes its place. A full disk leaves the old one."""
-    path = Path(os.path.realpath(path))  # a link stays one
+    """Writes a new file and renames it to `path`. If the disk is full, the old file remains."""
+    path = Path(os.path.realpath(path))  # replace the target of a link, not the link
     new = path.with_name(f".{path.name}.new")
     try:
         new.write_text(text, encoding="utf-8", errors="replace")

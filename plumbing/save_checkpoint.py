@@ -1,8 +1,8 @@
 """Checkpoints: a model or a processor in, a directory in the hub layout out.
 
-Everything is written into a folder inside the directory first and then moved out of it, and
-config.json comes last. A directory without it is no checkpoint, so whenever the program is
-killed, what is left is either whole or refused; nothing is half the old and half the new.
+All files are first written to a temporary folder inside the directory and then moved out of it,
+config.json last. A directory without config.json is not a checkpoint. So if the program is
+killed, the directory is either complete or refused, never a mixture of old and new files.
 """
 
 import json
@@ -31,15 +31,15 @@ PROCESSOR_FILES = [
     *("processor_config.json", "preprocessor_config.json", "chat_template.jinja"),
 ]
 
-# Holds the official processor_config.json and chat_template.jinja, which transformers needs and
-# the original layout does not have.
+# Contains the official processor_config.json and chat_template.jinja, which transformers needs and
+# the original layout lacks.
 TINY = Path(__file__).resolve().parent.parent / "tiny"
 
 
 def save_model(model: nn.Module, path: str | Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Writes weights, config.json and generation_config.json.
 
-    Raises ValueError for a model whose layers were replaced.
+    Raises ValueError if layers of the model were replaced, for example by quantization.
     """
     check_is_plain(model)
     write_checkpoint(model, hub_config(model), path, max_shard_bytes)
@@ -48,9 +48,9 @@ def save_model(model: nn.Module, path: str | Path, max_shard_bytes: int = MAX_SH
 def write_checkpoint(
     model: nn.Module, config: dict, path: str | Path, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
-    """Writes the tensors of any model, generation_config.json and `config` as config.json.
+    """Writes the tensors of any model, generation_config.json, and `config` as config.json.
 
-    Memory holds no second copy of the weights, but for one shard of a model on another device.
+    The weights are not copied in memory, except one shard at a time if they are on another device.
     """
     with new_files(path) as folder:
         write_weights(folder, model.state_dict(), max_shard_bytes)
@@ -61,7 +61,7 @@ def write_checkpoint(
 
 
 def save_processor(source: Path, path: str | Path) -> None:
-    """Copies the files of a processor from the directory that it was read from."""
+    """Copies the files of a processor from the directory it was loaded from."""
     with new_files(path) as folder:
         for name in PROCESSOR_FILES:
             if (source / name).exists():
@@ -81,11 +81,11 @@ def copy_if_missing(name: str, folder: Path) -> None:
 
 @contextmanager
 def new_files(path: str | Path) -> Iterator[Path]:
-    """A folder to write files into; they move to the directory `path` when all are complete."""
+    """Yields a temporary folder; when all its files are complete, they are moved to `path`."""
     directory = Path(path)
     check_can_save(directory)
     folder = directory / ".saving"
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed
     folder.mkdir(parents=True)
     try:
         yield folder
@@ -99,7 +99,7 @@ def replace_files(folder: Path, directory: Path) -> None:
     names = sorted(path.name for path in folder.iterdir())
     if "config.json" in names:
         names.remove("config.json")
-        names.append("config.json")  # the last: it makes the directory a checkpoint
+        names.append("config.json")  # last, because it makes the directory a checkpoint
         (directory / "config.json").unlink(missing_ok=True)
         for old in list(directory.iterdir()):
             if old.name == INDEX or re.fullmatch(WEIGHT_FILES, old.name):
@@ -109,7 +109,7 @@ def replace_files(folder: Path, directory: Path) -> None:
 
 
 def write_weights(folder: Path, tensors: dict[str, Tensor], max_shard_bytes: int) -> None:
-    """One file of tensors, or several shards and their index."""
+    """Writes one file of tensors, or several shards and their index."""
     shards = divide_into_shards(tensors, max_shard_bytes)
     weight_map = {}
     for number, names in enumerate(shards, start=1):
@@ -119,7 +119,7 @@ def write_weights(folder: Path, tensors: dict[str, Tensor], max_shard_bytes: int
         shard = {name: tensors[name].detach().cpu().contiguous() for name in names}
         try:
             save_file(shard, folder / file, metadata={"format": "pt"})
-        except SafetensorError as error:  # as on a full disk
+        except SafetensorError as error:  # for example on a full disk
             raise OSError(f"{folder.parent}: {error}") from None
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
@@ -129,7 +129,7 @@ def write_weights(folder: Path, tensors: dict[str, Tensor], max_shard_bytes: int
 
 
 def divide_into_shards(tensors: dict[str, Tensor], max_bytes: int) -> list[list[str]]:
-    """Names of tensors that together have no more than `max_bytes`, in their order."""
+    """Groups the tensors, in order, into shards of at most `max_bytes`; returns their names."""
     shards = [[]]
     size = 0
     for name, tensor in tensors.items():
@@ -149,7 +149,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def hub_config(model: nn.Module) -> dict:
-    """The config.json that the model was loaded from, or a new one, with the dtype of today."""
+    """Returns the config.json the model was loaded from, or a new one, with the current dtype."""
     config = model.source_config or new_config(model)
     config = {**config, "dtype": str(model.dtype).removeprefix("torch.")}
     config.pop("torch_dtype", None)  # its older name
@@ -162,7 +162,7 @@ def hub_config(model: nn.Module) -> dict:
 
 
 def new_config(model: nn.Module) -> dict:
-    """The config.json of a model that has none in the hub layout."""
+    """Builds a config.json for a model that was not loaded from the hub layout."""
     audio_config = asdict(model.config.audio_config)
     audio_config["model_type"] = "audioflamingo3_encoder"
     text_config = asdict(model.config.text_config)
@@ -190,7 +190,7 @@ def new_config(model: nn.Module) -> dict:
 
 
 def check_is_plain(model: nn.Module) -> None:
-    """Refuses a model with other tensors than a checkpoint has, such as one in int8."""
+    """Refuses a model whose tensors are not those of a checkpoint, for example one in int8."""
     with torch.device("meta"):
         plain = type(model)(model.config)
     others = set(model.state_dict()) ^ set(plain.state_dict())

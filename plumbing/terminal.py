@@ -1,4 +1,4 @@
-"""The terminal: untrusted text, errors in one line, Ctrl-C, an answer as it comes, progress."""
+"""The terminal: untrusted text, one-line errors, Ctrl-C, streamed answers, progress."""
 
 import os
 import signal
@@ -12,15 +12,15 @@ from importlib.util import find_spec
 from itertools import chain, islice
 from typing import NoReturn
 
-INTERRUPTED = 130  # the exit status of a program that Ctrl-C has ended
+INTERRUPTED = 130  # the exit status after Ctrl-C
 
-# Control characters, which could steer a terminal, and how they are shown. Tab and line end stay.
+# Control characters could manipulate a terminal, so they are escaped, except tab and newline.
 CONTROL_CODES = [*range(9), *range(11, 32), *range(127, 160)]
 VISIBLE = {code: f"\\x{code:02x}" for code in CONTROL_CODES}
 
 
 def printable(text: str) -> str:
-    """Text from outside with its control characters made visible."""
+    """Escapes the control characters in untrusted text."""
     return text.translate(VISIBLE)
 
 
@@ -32,9 +32,9 @@ def one_line(message: object) -> str:
 
 
 def prepare_streams() -> None:
-    """Makes printing safe: closed streams, characters that the encoding lacks, warnings.
+    """Makes printing safe: closed streams, characters missing in the encoding, warnings.
 
-    A warning is printed each time. By default Python shows the same one only once.
+    Every warning is printed. By default Python shows repeated ones only once.
     """
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w")
@@ -48,7 +48,7 @@ def prepare_streams() -> None:
 def print_warning(message, *_) -> None:
     with suppress(OSError):  # stderr may be full or closed
         if sys.stderr.isatty():
-            write_status("")  # what is waited for may stand on the line
+            write_status("")  # clear a progress line
         print(f"warning: {one_line(message)}", file=sys.stderr)
 
 
@@ -58,7 +58,7 @@ def print_error(error: Exception) -> None:
 
 
 def refuse(message: str) -> None:
-    """Takes the place of argparse's `error`, whose message has several lines."""
+    """Replaces argparse's `error`, whose message has several lines."""
     for word in message.split():
         if word.startswith("-") and os.path.exists(word):
             raise ValueError(f"{word}: write ./{word}, because names with - are options.")
@@ -66,7 +66,7 @@ def refuse(message: str) -> None:
 
 
 def check_packages(names: Iterable[str]) -> None:
-    """Leaves with one line where a package is not installed, as in a shell without its venv."""
+    """Exits with a one-line error if a package is missing, for example outside the venv."""
     for name in names:
         if find_spec(name) is None:
             remedy = "as README.md says, activate .venv or install requirements.txt"
@@ -75,18 +75,18 @@ def check_packages(names: Iterable[str]) -> None:
 
 
 def describe_error(error: Exception) -> str:
-    """The error in one line, without Python's "[Errno 13]"."""
+    """Returns the error as one line, without Python's "[Errno 13]"."""
     reason = getattr(error, "strerror", None)
     if reason is None:
         return one_line(error)
-    if error.filename is None:  # nothing but writing gives such an error
+    if error.filename is None:  # only writing raises such an error
         return one_line(f"the output cannot be written: {reason}")
-    name = error.filename2 or error.filename  # where two are named, the second is written
+    name = error.filename2 or error.filename  # if there are two, the second is being written
     return one_line(f"{name}: {reason}")
 
 
 def exit_with(main: Callable[[], int | None]) -> NoReturn:
-    """Runs a program and exits with its status; with 2 and one line on stderr for bad input."""
+    """Runs a program and exits with its status, or with 2 and one line on stderr for bad input."""
     try:
         status = main()
     except (ValueError, OSError, ImportError) as error:
@@ -97,7 +97,7 @@ def exit_with(main: Callable[[], int | None]) -> NoReturn:
 
 @contextmanager
 def memory_hint(hint: str) -> Iterator[None]:
-    """Puts what would help in front of the message if memory runs out inside."""
+    """If memory runs out inside this context, adds the hint to the error message."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -107,13 +107,13 @@ def memory_hint(hint: str) -> Iterator[None]:
 
 
 def has_styles() -> bool:
-    """Whether stdout is a terminal that can show text in other styles, and that is wanted."""
+    """Whether stdout is a terminal that supports text styles, and NO_COLOR is not set."""
     is_capable = os.environ.get("TERM", "dumb") != "dumb"
     return sys.stdout.isatty() and is_capable and "NO_COLOR" not in os.environ
 
 
 def has_256_colors() -> bool:
-    """Whether stdout is a terminal that shows 256 colors and Unicode, and colors are wanted."""
+    """Whether stdout is a terminal with 256 colors and Unicode, and NO_COLOR is not set."""
     is_capable = "256color" in os.environ.get("TERM", "")
     return has_styles() and is_capable and sys.stdout.encoding.lower() == "utf-8"
 
@@ -122,9 +122,9 @@ def has_256_colors() -> bool:
 
 
 def exit_on_interrupt(end_line: bool = True) -> None:
-    """From now on Ctrl-C ends the program at once, with status 130 and no traceback.
+    """From now on Ctrl-C exits at once, with status 130 and without a traceback.
 
-    end_line: ends the line that has been printed so far. In a terminal there always is one, ^C.
+    end_line: print a newline first. In a terminal one is always printed, after the echoed ^C.
     """
 
     def interrupt(*_) -> None:
@@ -137,7 +137,7 @@ def exit_interrupted(end_line: bool = True) -> None:
     if end_line or os.isatty(1):
         end = b"\n"
         if has_styles():
-            end = NORMAL.encode() + end  # a thought may have been cut short
+            end = NORMAL.encode() + end  # a dimmed thought may be unfinished
         with suppress(OSError):  # stdout may be closed or full
             os.write(1, end)
     os._exit(INTERRUPTED)
@@ -145,7 +145,7 @@ def exit_interrupted(end_line: bool = True) -> None:
 
 @contextmanager
 def clean_up_on_interrupt() -> Iterator[None]:
-    """Inside, Ctrl-C ends the program only after files have been closed and removed."""
+    """Inside this context, Ctrl-C exits only after files have been closed and removed."""
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
@@ -160,7 +160,7 @@ def clean_up_on_interrupt() -> Iterator[None]:
 
 @contextmanager
 def show_waiting(text: str, quiet: bool = False) -> Iterator[None]:
-    """From the second second on, shows on stderr what takes so long; in a terminal only."""
+    """After one second, shows on stderr what is taking so long; in a terminal only."""
     if quiet or not sys.stderr.isatty():
         yield
         return
@@ -184,7 +184,7 @@ def show_waiting(text: str, quiet: bool = False) -> Iterator[None]:
 
 
 def wait_for_first(steps: Iterable, text: str, quiet: bool) -> Iterator:
-    """The same steps; while the first is awaited, a line says so, as in `show_waiting`."""
+    """Returns the same steps; while waiting for the first, shows `text` as in `show_waiting`."""
     steps = iter(steps)
     with show_waiting(text, quiet):
         first = list(islice(steps, 1))
@@ -192,16 +192,16 @@ def wait_for_first(steps: Iterable, text: str, quiet: bool) -> Iterator:
 
 
 def write_status(line: str) -> None:
-    """Replaces the last line of stderr, which is a terminal."""
+    """Replaces the last line of stderr, which must be a terminal."""
     print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 class StepTimer:
-    """Notes when each step of an answer came."""
+    """Records when each step of an answer arrived."""
 
     def __init__(self):
         self.start = time.perf_counter()
-        self.seconds = []  # from the start, one for each step
+        self.seconds = []  # since the start, one for each step
 
     def watch(self, steps: Iterable) -> Iterator:
         for step in steps:
@@ -219,9 +219,9 @@ class StepTimer:
 
 
 def print_as_it_comes(texts: Iterable[str]) -> None:
-    """Prints the parts of an answer and ends the line.
+    """Prints the parts of an answer as they arrive, then a newline.
 
-    In a terminal they are made printable, and what the model thinks before it answers is dimmed.
+    In a terminal, control characters are escaped, and the model's thoughts are dimmed.
     """
     if sys.stdout.isatty():
         texts = map(printable, texts)
@@ -237,12 +237,12 @@ NORMAL = "\x1b[0m"
 
 
 def dim_thoughts(texts: Iterable[str]) -> Iterator[str]:
-    """The parts of an answer, with <think> ... </think> in it dimmed.
+    """Yields the parts of an answer with <think> ... </think> dimmed.
 
-    A tag may be divided between parts. So the end of a part that may be the beginning of a tag is
-    held back until more has come.
+    A tag may be split across parts. So if the end of a part may be the beginning of a tag, it is
+    held back until more text arrives.
     """
-    tag = "<think>"  # the next one
+    tag = "<think>"  # the next one expected
     held = ""
     for text in texts:
         held += text
@@ -263,7 +263,7 @@ def dim_thoughts(texts: Iterable[str]) -> Iterator[str]:
 
 
 def longest_beginning(tag: str, text: str) -> int:
-    """How many characters at the end of the text are the beginning of a tag."""
+    """Returns how many characters at the end of the text could begin the tag."""
     for length in range(len(tag) - 1, 0, -1):
         if text.endswith(tag[:length]):
             return length
@@ -271,7 +271,7 @@ def longest_beginning(tag: str, text: str) -> int:
 
 
 class Progress:
-    """A line on stderr, in a terminal only: how many are done, how fast, how long it will take."""
+    """A progress line on stderr, in a terminal only: items done, items a second, seconds left."""
 
     def __init__(self, total: int, quiet: bool = False):
         self.total = total

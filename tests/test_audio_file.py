@@ -1,4 +1,4 @@
-"""Audio files: every common kind of WAV, other containers through ffmpeg, and resampling."""
+"""Audio files: all common WAV formats, other containers through ffmpeg, and resampling."""
 
 import math
 import resource
@@ -33,11 +33,11 @@ def test_every_common_wav_is_read_without_ffmpeg_and_its_channels_are_averaged(
     assert np.abs(load_audio(path) - samples.mean(1)).max() < precision
 
 
-def test_a_truncated_wav_gives_the_samples_it_has_with_a_warning(tmp_path):
+def test_a_truncated_wav_yields_the_samples_it_has_with_a_warning(tmp_path):
     whole = wav_bytes(sound(16000)[:, None])
     path = tmp_path / "cut.wav"
     path.write_bytes(whole[:-16001])
-    with pytest.warns(UserWarning, match=r"cut\.wav: cut off: only 0\.5 s of 1\.0 s are there"):
+    with pytest.warns(UserWarning, match=r"cut\.wav: truncated: only 0\.5 s of 1\.0 s are present"):
         assert len(load_audio(path)) == 7999
 
 
@@ -54,17 +54,15 @@ def test_a_truncated_wav_gives_the_samples_it_has_with_a_warning(tmp_path):
         wav_bytes(np.zeros((9, 1)), rate=1000000),
     ],
 )
-def test_a_wav_without_samples_or_with_a_false_header_is_refused_by_name(tmp_path, content):
+def test_a_wav_without_samples_or_with_an_invalid_header_is_refused(tmp_path, content):
     path = tmp_path / "false.wav"
     path.write_bytes(content)
-    reasons = (
-        "no samples|no audio that ffmpeg can read|not a plain WAV|an empty file|a sampling rate"
-    )
+    reasons = "no readable samples|no audio that|not a plain WAV|an empty file|a sampling rate"
     with pytest.raises(ValueError, match=rf"false\.wav: ({reasons})"):
         load_audio(path)
 
 
-def test_a_missing_file_is_refused_by_name(tmp_path):
+def test_a_missing_file_is_reported(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"gone\.wav: no such file"):
         load_audio(tmp_path / "gone.wav")
 
@@ -75,7 +73,7 @@ def test_a_directory_is_refused(tmp_path):
 
 
 def unknown_size(content):
-    """A WAV file as a program leaves it that writes into a pipe: without its size."""
+    """Removes the size from a WAV file, as in one written to a pipe."""
     position = content.index(b"data") + 4
     return content[:position] + b"\xff\xff\xff\xff" + content[position + 4 :]
 
@@ -88,7 +86,7 @@ def test_a_wav_of_unknown_size_is_read_without_a_warning(tmp_path):
         assert len(load_audio(path, max_seconds=600)) == 16000
 
 
-def test_a_sampling_rate_that_is_none_is_named(tmp_path):
+def test_an_impossible_sampling_rate_is_refused(tmp_path):
     path = tmp_path / "slow.wav"
     path.write_bytes(wav_bytes(sound(4000)[:, None], rate=500))
     with pytest.raises(ValueError, match=r"slow\.wav: a sampling rate of 500 Hz"):
@@ -99,7 +97,7 @@ def test_a_sampling_rate_that_is_none_is_named(tmp_path):
 
 
 def write_silence(path, seconds, rate=48000):
-    """A WAV file of zeros that take no place on the disk."""
+    """Writes a sparse WAV file of zeros, which takes no space on the disk."""
     header = wav_bytes(np.zeros((1, 1)), rate=rate)[:-2]
     size = seconds * rate * 2
     with open(path, "wb") as file:
@@ -108,16 +106,16 @@ def write_silence(path, seconds, rate=48000):
     return path
 
 
-def test_no_more_than_the_wanted_seconds_are_read(tmp_path):
+def test_no_more_than_the_maximum_length_is_read(tmp_path):
     path = write_silence(tmp_path / "hour.wav", seconds=3600)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB
-    with pytest.warns(UserWarning, match=r"^3600\.0 s of audio: only the first 20\.0 s are heard$"):
+    with pytest.warns(UserWarning, match=r"^3600\.0 s of audio: only the first 20\.0 s are used$"):
         waveform = load_audio(path, max_seconds=20)
     assert len(waveform) == 20 * 16000
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 50_000
 
 
-def test_an_ffmpeg_that_is_killed_is_not_taken_for_the_end_of_the_recording(tmp_path, monkeypatch):
+def test_a_killed_ffmpeg_is_not_mistaken_for_the_end_of_the_recording(tmp_path, monkeypatch):
     whole = write_wav(tmp_path / "whole.wav", sound(8000))
     killed = tmp_path / "ffmpeg"
     killed.write_text(f"#!/bin/sh\ncat {whole}\nkill -9 $$\n")
@@ -128,18 +126,18 @@ def test_an_ffmpeg_that_is_killed_is_not_taken_for_the_end_of_the_recording(tmp_
         assert len(load_audio(tmp_path / "a.mp3")) == 8000
 
 
-def test_a_long_mp3_is_read_in_part_and_its_whole_length_is_said(tmp_path, ffmpeg):
+def test_a_long_mp3_is_read_in_part_and_the_warning_states_its_full_length(tmp_path, ffmpeg):
     source = write_wav(tmp_path / "in.wav", sound(30 * 16000))
     path = tmp_path / "long.mp3"
     subprocess.run([ffmpeg, "-v", "error", "-i", source, "-ar", "44100", path], check=True)
     whole = load_audio(path)
-    with pytest.warns(UserWarning, match=r"^30\.\d s of audio: only the first 12\.0 s are heard$"):
+    with pytest.warns(UserWarning, match=r"^30\.\d s of audio: only the first 12\.0 s are used$"):
         beginning = load_audio(path, max_seconds=12)
     assert len(beginning) == 12 * 16000
     assert np.abs(beginning - whole[: 12 * 16000]).max() < 1e-5
 
 
-def test_what_is_not_wanted_is_not_kept_in_memory(processor, tmp_path):
+def test_audio_beyond_the_maximum_length_is_not_kept_in_memory(processor, tmp_path):
     processor = type(processor)(processor.tokenizer, max_audio_len=30)
     path = write_silence(tmp_path / "hour.wav", seconds=3600)
     with pytest.warns(UserWarning, match="only the first"):
@@ -148,7 +146,7 @@ def test_what_is_not_wanted_is_not_kept_in_memory(processor, tmp_path):
 
 
 @pytest.mark.parametrize("rate", [8000, 44100, 48000])
-def test_a_recording_in_parts_is_resampled_like_one_in_one_piece(rate):
+def test_resampling_in_parts_gives_the_same_result_as_resampling_the_whole(rate):
     waveform = torch.from_numpy(sound(25 * rate))
     in_parts = resample(waveform, rate, 16000)
     in_one_piece = resample_piece(waveform, rate, 16000)
@@ -182,7 +180,7 @@ def test_other_containers_are_read_through_ffmpeg(tmp_path, ffmpeg, suffix):
 
 
 def largest_correlation(a, b):
-    """The correlation of two waveforms at the delay where it is largest: a codec may delay."""
+    """Returns the largest correlation over all delays, because a codec may add a delay."""
     size = 1 << 17
     products = np.fft.irfft(np.fft.rfft(a, size) * np.fft.rfft(b, size).conj())
     return products.max() / (np.linalg.norm(a) * np.linalg.norm(b))
@@ -193,7 +191,7 @@ def test_a_real_recording_keeps_its_length(ffmpeg):
     assert load_audio(SHARED / "data" / "jfk.flac").shape == (176000,)
 
 
-def test_without_ffmpeg_other_containers_are_refused_with_the_remedy(tmp_path, monkeypatch):
+def test_without_ffmpeg_other_containers_are_refused_with_the_reason(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     path = tmp_path / "a.mp3"
     path.write_bytes(b"ID3 something")
@@ -201,7 +199,7 @@ def test_without_ffmpeg_other_containers_are_refused_with_the_remedy(tmp_path, m
         load_audio(path)
 
 
-def test_a_file_without_audio_is_refused_by_name(tmp_path, ffmpeg):
+def test_a_file_without_audio_is_refused(tmp_path, ffmpeg):
     path = tmp_path / "text.mp3"
     path.write_text("no sound at all " * 99)
     with pytest.raises(ValueError, match=r"text\.mp3: no audio that ffmpeg can read"):
@@ -215,7 +213,7 @@ def test_a_file_without_audio_is_refused_by_name(tmp_path, ffmpeg):
         ("list.mp3", "ffconcat version 1.0\nfile FOLDER/a.wav\n"),
     ],
 )
-def test_a_playlist_that_names_another_file_is_never_followed(tmp_path, ffmpeg, name, playlist):
+def test_a_playlist_that_refers_to_another_file_is_never_followed(tmp_path, ffmpeg, name, playlist):
     write_wav(tmp_path / "a.wav", sound(16000))
     path = tmp_path / name
     path.write_text(playlist.replace("FOLDER", str(tmp_path)))
@@ -237,7 +235,7 @@ def decibels(x: torch.Tensor) -> float:
 
 
 def signal_to_noise(waveform: torch.Tensor, expected: torch.Tensor) -> float:
-    """In decibels, without the edges, where the recording begins and ends abruptly."""
+    """Returns decibels, computed without the abrupt beginning and end of the recording."""
     noise = waveform[: len(expected)] - expected
     return decibels(expected[500:-500]) - decibels(noise[500:-500])
 
@@ -250,12 +248,12 @@ def test_n_samples_become_n_times_16000_over_rate_rounded_up(rate):
 
 
 @pytest.mark.parametrize("rate", [8000, 11025, 22050, 44100, 48000, 96000])
-def test_a_tone_comes_through_without_delay_at_65_decibels_signal_to_noise(rate):
+def test_a_tone_is_resampled_without_delay_at_65_decibels_signal_to_noise(rate):
     assert signal_to_noise(resample(tone(1000, rate), rate, 16000), tone(1000, 16000)) >= 65
 
 
 @pytest.mark.parametrize("rate", [44101, 191999, 767999])
-def test_an_unusual_rate_is_met_closely(rate):
+def test_an_unusual_rate_is_resampled_accurately(rate):
     resampled = resample(tone(1000, rate), rate, 16000)
     assert len(resampled) == 16000
     assert signal_to_noise(resampled, tone(1000, 16000)) >= 30
@@ -296,7 +294,7 @@ def test_later_samples_do_not_change_earlier_ones():
     assert torch.allclose(whole[:16000], beginning[:16000], atol=1e-6)
 
 
-def test_reading_leaves_the_number_of_threads_as_it_was(tmp_path, monkeypatch):
+def test_reading_restores_the_number_of_threads(tmp_path, monkeypatch):
     path = write_wav(tmp_path / "a.wav", sound(4000))
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -314,7 +312,7 @@ def test_reading_leaves_the_number_of_threads_as_it_was(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["https://a.b/c.wav", Path("https://a.b/c.wav")])
-def test_a_url_is_refused_as_one(name):
+def test_a_url_is_refused(name):
     with pytest.raises(ValueError, match="a URL; only files are read, so download it first"):
         load_audio(name)
 
@@ -322,10 +320,10 @@ def test_a_url_is_refused_as_one(name):
 @pytest.mark.parametrize(
     "message, expected",
     [
-        ("Stream map '0:a:0' matches no streams.", "it has pictures, but no sound"),
+        ("Stream map '0:a:0' matches no streams.", "it has video, but no audio"),
         ("[hls] Format not on whitelist 'mp3'", "a playlist or a rare kind of file; convert it"),
         ("[mp3 @ 0x55f] Failed to read", "[mp3] Failed to read"),
     ],
 )
-def test_what_ffmpeg_says_is_put_in_words(message, expected):
+def test_messages_of_ffmpeg_are_made_understandable(message, expected):
     assert explain_ffmpeg(message).startswith(expected)

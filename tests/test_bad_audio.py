@@ -1,5 +1,5 @@
-"""Whatever lies on a disk: each file is read, or refused in one line that names it. Nothing hangs,
-and no file leads to another."""
+"""Damaged and odd audio files: each is either read or refused in one line that contains its name.
+Nothing hangs, and no file makes the program open another."""
 
 import math
 import os
@@ -21,7 +21,7 @@ from signals import sound, write_wav
 
 SAMPLES = (0.5 * sound(4000) * 32767).astype("<i2").tobytes()
 
-# The header's code and bits.
+# The header's format code and bits per sample.
 KINDS = {
     "u8": (1, 8),
     "i16": (1, 16),
@@ -56,7 +56,7 @@ def odd_wav(
     samples: bytes = SAMPLES,
     **fields,
 ) -> bytes:
-    """A WAV file whose header may say anything: `fields` are set to any value."""
+    """Returns a WAV file; `fields` override any values of its header."""
     code, bits = KINDS[kind]
     header = {
         "riff_size": 36 + len(before_data) + len(samples),
@@ -138,7 +138,7 @@ UNREADABLE |= {"not WAVE", "no samples", "four gigabytes in 44 bytes"}
 
 
 def refusal(path) -> str:
-    """'' if the file can be read; else why not, in one line that names the file."""
+    """Returns '' if the file can be read, otherwise the one-line error with the file's name."""
     try:
         waveform = load_audio(path)
     except (ValueError, OSError) as error:
@@ -153,7 +153,7 @@ def refusal(path) -> str:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_three_hundred_damaged_wav_files_are_read_or_refused_by_name_in_little_memory(tmp_path):
+def test_300_damaged_wav_files_are_read_or_refused_with_little_memory(tmp_path):
     files = wavs_with_odd_headers() | truncated_wavs() | wavs_with_odd_chunks() | OTHER_FILES
     path = tmp_path / "odd.wav"
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB
@@ -181,7 +181,7 @@ CODECS = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("suffix", CODECS)
-def test_a_container_cut_or_damaged_anywhere_is_read_or_refused_by_name(tmp_path, ffmpeg, suffix):
+def test_a_container_truncated_or_damaged_anywhere_is_read_or_refused(tmp_path, ffmpeg, suffix):
     source = write_wav(tmp_path / "a.wav", sound(32000))
     whole = tmp_path / f"whole.{suffix}"
     command = [ffmpeg, "-v", "error", "-i", source, "-c:a", CODECS[suffix], whole]
@@ -217,7 +217,7 @@ def test_a_container_cut_or_damaged_anywhere_is_read_or_refused_by_name(tmp_path
     ],
 )
 @pytest.mark.parametrize("kind", ["i16", "mulaw"])  # mulaw goes through ffmpeg
-def test_any_file_name_is_only_a_name(tmp_path, ffmpeg, monkeypatch, kind, name):
+def test_no_file_name_has_a_special_meaning(tmp_path, ffmpeg, monkeypatch, kind, name):
     monkeypatch.chdir(tmp_path)
     path = os.fsdecode(name)
     with open(path, "wb") as file:
@@ -272,7 +272,7 @@ def test_eight_channels_at_96_khz_are_read(tmp_path):
     assert len(load_audio(path)) == SAMPLE_RATE
 
 
-# ---- Properties, on random examples that are always the same ----
+# ---- Properties, on random examples with a fixed seed ----
 
 RNG = random.Random(5)
 LENGTHS = [321, 16080, 479999, 480000, 480001]
@@ -294,7 +294,7 @@ def test_any_batch_has_as_many_sound_ids_as_audio_frames(model, processor, lengt
     assert int((batch["input_ids"] == processor.audio_token_id).sum()) == len(frames)
 
 
-def test_the_order_and_the_other_rows_of_a_batch_change_no_row(model, processor):
+def test_a_row_does_not_depend_on_the_order_or_the_other_rows_of_its_batch(model, processor):
     waveforms = [sound(samples) for samples in (321, 40000, 16080, 80000, 500000)]
     alone = []
     for waveform in waveforms:
@@ -329,14 +329,14 @@ def random_text() -> str:
     return "".join(parts)
 
 
-def test_five_thousand_random_texts_come_back_from_the_tokenizer_as_their_nfc(processor):
+def test_decoding_the_ids_of_5000_random_texts_gives_their_nfc(processor):
     for _ in range(5000):
         text = random_text()
         ids = processor.tokenizer.encode(text)
         assert processor.tokenizer.decode(ids) == unicodedata.normalize("NFC", text)
 
 
-def test_the_log_mel_of_two_windows_is_that_of_each_window(processor):
+def test_the_log_mel_of_two_windows_is_the_log_mel_of_each_window(processor):
     waveform = torch.from_numpy(sound(900_001))
     features = processor("Hm?", waveform)["input_features"]
     first, second = waveform.split(N_SAMPLES)

@@ -1,5 +1,4 @@
-"""The command line: the answer and nothing else on stdout, what was done on stderr, and an exit
-status of 0, 2 or 130."""
+"""The command line: only the answer on stdout, a report on stderr, and exit status 0, 2 or 130."""
 
 import os
 import subprocess
@@ -14,7 +13,7 @@ from conftest import ROOT, TINY
 from programs import PROGRAM, interrupt_until_it_ends, start_generate
 from programs import generate as run_program
 
-# The arguments after each sample in tiny/, and the answer.
+# For each sample in tiny/: the arguments that follow it, and the answer.
 SAMPLES = {
     "digits.wav": ([], "seven three one\n"),
     "rain.wav": (["What sound is this?"], "rain\n"),
@@ -48,7 +47,7 @@ def test_quiet_prints_nothing_but_the_answer():
     assert (result.returncode, result.stdout, result.stderr) == (0, "seven three one\n", "")
 
 
-def test_it_runs_in_any_directory_on_a_name_with_spaces(tmp_path, clip):
+def test_it_runs_in_any_directory_with_spaces_in_file_names(tmp_path, clip):
     os.rename(clip, tmp_path / "a b 'ü'.wav")
     result = run_program("a b 'ü'.wav", "Hi", "--max-new-tokens", 3, cwd=tmp_path)
     assert result.returncode == 0
@@ -68,7 +67,7 @@ def test_standard_input_is_refused_among_other_recordings(run, clip):
     assert "must be the only recording" in err
 
 
-def test_an_answer_that_the_limit_ends_says_so(run, clip):
+def test_an_answer_cut_off_by_the_token_limit_is_reported(run, clip):
     _, _, err = run(clip, "Hi", "--max-new-tokens", 2)
     assert err.endswith("ended by the limit, which --max-new-tokens sets\n")
     _, _, err = run(TINY / "samples" / "digits.wav", model=TINY)
@@ -76,13 +75,13 @@ def test_an_answer_that_the_limit_ends_says_so(run, clip):
 
 
 @pytest.mark.parametrize("option", ["--prompts", "--output", "--resume", "--save"])
-def test_a_second_file_is_refused_where_the_first_would_be_forgotten(run, clip, option):
+def test_a_second_file_for_the_same_option_is_refused(run, clip, option):
     status, _, err = run(clip, option, "a", f"{option}=b")
     assert status == 2
     assert f"{option} is given twice" in err
 
 
-def test_a_small_model_runs_on_one_thread_unless_the_user_said_otherwise(run, clip, monkeypatch):
+def test_a_small_model_runs_on_one_thread_unless_the_user_sets_the_number(run, clip, monkeypatch):
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
@@ -95,7 +94,7 @@ def test_a_small_model_runs_on_one_thread_unless_the_user_said_otherwise(run, cl
     assert (with_setting, without_setting) == (2, 1)
 
 
-def test_a_file_whose_name_is_like_an_option_is_refused_with_how_to_write_it(
+def test_a_file_whose_name_looks_like_an_option_is_refused_with_a_suggestion(
     run, monkeypatch, clip
 ):
     monkeypatch.chdir(Path(clip).parent)
@@ -183,7 +182,7 @@ def test_bad_input_gets_one_line_and_exit_status_2(run, clip, arguments, reason)
     assert err.count("\n") == 1
 
 
-def test_a_model_that_is_not_there_is_refused_with_the_command_that_downloads_it(run, clip):
+def test_a_missing_model_is_refused_with_the_command_that_downloads_it(run, clip):
     status, out, err = run(clip, model="nvidia/nothing")
     assert (status, out) == (2, "")
     assert "hf download nvidia/audio-flamingo-3-hf" in err
@@ -196,7 +195,7 @@ def test_a_truncated_recording_is_answered_with_a_warning_of_one_line(run, clip,
     status, _, err = run(tmp_path / "cut.wav", "Hi", "--max-new-tokens", 2, "--quiet")
     assert status == 0
     assert err.startswith("warning: ")
-    assert "cut off" in err
+    assert "truncated" in err
     assert err.count("\n") == 1
 
 
@@ -241,7 +240,7 @@ def test_an_answer_does_not_fail_where_a_warning_cannot_be_printed(clip, micro):
 # ---- Ctrl-C ----
 
 
-def test_ctrl_c_leaves_with_130_and_keeps_what_has_been_printed(clip, micro):
+def test_ctrl_c_exits_with_130_and_keeps_what_has_been_printed(clip, micro):
     process = start_generate(clip, "Hi", "--model", micro, "--max-new-tokens", 3900)
     beginning = process.stdout.read(8)
     assert interrupt_until_it_ends(process) == 130
@@ -251,7 +250,7 @@ def test_ctrl_c_leaves_with_130_and_keeps_what_has_been_printed(clip, micro):
     assert b"Traceback" not in err
 
 
-# ---- Programs beside it ----
+# ---- Other programs ----
 
 
 @pytest.mark.parametrize(
@@ -267,7 +266,7 @@ def test_ctrl_c_leaves_with_130_and_keeps_what_has_been_printed(clip, micro):
         (["tools/official.py", "tiny", "nowhere"], "nowhere/Ch6Ae9DT6Ko_00-04-03_00-04-31.wav: no"),
     ],
 )
-def test_a_program_says_in_one_line_what_it_misses(command, message):
+def test_a_program_reports_in_one_line_what_is_missing(command, message):
     result = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr.startswith(f"error: {message}")

@@ -179,7 +179,7 @@ def test_a_warning_names_its_recording_every_time(run, clip, tmp_path):
     asked = {"audio": str(long), "prompt": "<sound><sound>"}  # refused, so nothing is computed
     prompts = write_lines(tmp_path / "in.jsonl", [asked, asked])
     _, _, err = run("--prompts", prompts, *ONE_TOKEN, "--quiet")
-    assert err == f"warning: {long}: 601.0 s of audio: only the first 600.0 s are heard\n" * 2
+    assert err == f"warning: {long}: 601.0 s of audio: only the first 600.0 s are used\n" * 2
 
 
 def test_times_that_mean_little_are_warned_of_by_the_recordings_name(run, clip, monkeypatch):

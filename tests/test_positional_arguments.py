@@ -1,4 +1,4 @@
-"""The words of a command line: what cannot be told apart is refused, with what to write instead."""
+"""Positional arguments: ambiguous ones are refused, with a suggestion."""
 
 import pytest
 
@@ -34,7 +34,7 @@ def split(*words, may_be_prompt=False):
         (["a.wav", "Is http://a.b/c.wav a link?"], ["a.wav"], "Is http://a.b/c.wav a link?"),
     ],
 )
-def test_files_come_first_and_then_the_prompt(files, words, recordings, prompt):
+def test_files_come_first_then_the_prompt(files, words, recordings, prompt):
     assert split(*words) == (recordings, prompt)
 
 
@@ -48,23 +48,23 @@ def test_files_come_first_and_then_the_prompt(files, words, recordings, prompt):
         (["a.wav", "b b.mp3"], "If it is the prompt, end it with a question mark."),
         (
             ["What?", "a.wav"],
-            "'What?' is not a file; the recordings come first, and then the prompt",
+            "'What?' is not a file; the recordings come first, then the prompt",
         ),
         (["What?", "a.wav"], ': a.wav "What?".'),
         (["a.wav", "What", "is", "it?"], 'put it in quotes: "What is it?".'),
         (["a.wav", "nofolder/"], "nofolder/: no such file or folder"),
         (["a.wav", "\u2013timestamps"], "an option begins with two hyphens"),
         (["a.wav", "rain.txt"], "rain.txt: no such file or folder"),
-        (["a.wav", "page.htm"], "If it is the prompt, write more than a word."),
+        (["a.wav", "page.htm"], "If it is the prompt, write more than one word."),
         (["What sound is this?"], "A prompt comes after its recording."),
     ],
 )
-def test_other_words_are_refused_with_what_to_write_instead(files, words, message):
+def test_other_words_are_refused_with_a_suggestion(files, words, message):
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         split(*words)
     assert message in str(error.value)
 
 
-def test_without_recordings_there_may_be_a_prompt_alone(files):
+def test_a_prompt_may_come_without_recordings(files):
     assert split("What?", may_be_prompt=True) == ([], "What?")
     assert split(may_be_prompt=True) == ([], None)

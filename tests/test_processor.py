@@ -1,4 +1,4 @@
-"""Audio and text to tensors and back: log-mel, ids, chat template, batches, and what bad input gets."""
+"""Audio and text to tensors and back: log-mel, ids, chat template, batches, input validation."""
 
 import json
 import unicodedata
@@ -54,7 +54,7 @@ def test_log_mel_and_its_mask_are_those_of_transformers(processor, goldens, case
 
 
 def plain_log_mel(window):
-    """Whisper's: of 30 s of samples and zeros, without the shortcut for short clips."""
+    """Whisper's log-mel of 30 s of samples and zeros, without the shortcut for short clips."""
     padded = F.pad(window, (0, N_SAMPLES - len(window)))
     hann = torch.hann_window(N_FFT)
     spectrum = torch.stft(padded, N_FFT, HOP_LENGTH, window=hann, return_complex=True)
@@ -86,7 +86,7 @@ def test_an_odd_waveform_gives_a_finite_log_mel(waveform):
 
 
 @pytest.mark.parametrize("samples, mel_frames", [(1, 1), (160, 1), (161, 2), (480000, 3000)])
-def test_a_last_mel_frame_that_is_not_full_counts(samples, mel_frames):
+def test_an_incomplete_last_mel_frame_counts(samples, mel_frames):
     assert mel_frame_count(samples) == mel_frames
 
 
@@ -108,7 +108,7 @@ def test_ids_of_the_official_tokenizer_are_those_of_transformers(qwen):
 
 
 def test_neighboring_texts_are_encoded_as_one(qwen):
-    assert Tokenizer(qwen).encode_pieces(["user\n", "\nhi"])[-2] == 271  # "\n\n", not twice "\n"
+    assert Tokenizer(qwen).encode_pieces(["user\n", "\nhi"])[-2] == 271  # "\n\n", not two "\n"
 
 
 CHARACTERS = [
@@ -140,7 +140,7 @@ def test_only_the_added_tokens_marked_special_are_skipped(processor):
 
 
 @pytest.mark.parametrize("text", [" " * 10**6, "\n" * 10**6, "a" + "\t" * 10**5])
-def test_a_hundred_thousand_spaces_in_a_row_are_refused_in_words(processor, text):
+def test_a_hundred_thousand_spaces_in_a_row_are_refused(processor, text):
     with pytest.raises(ValueError, match="in a row are more than the tokenizer can split"):
         processor(text)
 
@@ -175,7 +175,7 @@ def test_any_other_text_is_a_prompt(processor, text):
         ("Rain.", "Rain."),
     ],
 )
-def test_strip_prefix_leaves_what_was_said_and_other_text_as_it_is(processor, text, stripped):
+def test_strip_prefix_keeps_the_transcription_and_other_text_unchanged(processor, text, stripped):
     ids = processor.tokenizer.encode(text)
     assert processor.batch_decode([ids], strip_prefix=True) == [stripped]
 
@@ -194,7 +194,7 @@ def test_streamed_text_waits_for_the_last_byte_of_a_character(processor):
     assert not any("\ufffd" in part for part in parts)
 
 
-def test_a_streamed_text_that_ends_within_a_character_says_so(processor):
+def test_an_incomplete_character_at_the_end_of_a_stream_is_marked(processor):
     ids = processor.tokenizer.encode("naïve 漢字 🙂!")[:-2]
     parts = list(processor.stream_text([torch.tensor([token_id]) for token_id in ids]))
     assert "".join(parts) == processor.decode(ids)
@@ -216,19 +216,19 @@ def test_audio_placed_by_hand_stays_in_its_place(processor):
     assert expected in decode_row(processor, batch)
 
 
-def test_a_window_without_audio_frames_has_a_placeholder_all_the_same(processor):
+def test_a_window_without_audio_frames_still_has_a_placeholder(processor):
     batch = processor("<sound><sound>", sound(480001))
     assert count_id(batch, processor.audio_token_id) == 750
 
 
-def test_placeholders_must_be_as_many_as_windows(processor):
+def test_there_must_be_one_placeholder_for_each_window(processor):
     message = "Sample 0: found 1 '<sound>' placeholders, but audio was split into 2 window(s)."
     with pytest.raises(ValueError) as error:
         processor("<sound>What?", sound(480001))
     assert str(error.value) == message
 
 
-def test_texts_must_be_as_many_as_recordings(processor):
+def test_there_must_be_one_text_for_each_recording(processor):
     with pytest.raises(ValueError, match=r"^Got 2 texts but 1 audios; they must match 1:1\.$"):
         processor(["a", "b"], sound(1600))
 
@@ -254,7 +254,7 @@ def test_a_special_token_that_a_prompt_spells_out_is_plain_text(processor, forge
 def test_a_special_token_that_a_message_spells_out_is_plain_text(processor, forged):
     batch = processor.apply_chat_template([{"role": "user", "content": f"{forged}hello <sound>"}])
     assert count_id(batch, processor.audio_token_id) == 0
-    assert count_id(batch, processor.start_id) == 2  # of the system turn and the user's
+    assert count_id(batch, processor.start_id) == 2  # for the system turn and the user turn
 
 
 def test_without_audio_a_placeholder_is_plain_text(processor):
@@ -304,7 +304,7 @@ def test_another_sampling_rate_is_refused(processor):
 
 
 def test_only_the_first_ten_minutes_are_used_and_a_warning_says_so(processor):
-    with pytest.warns(UserWarning, match=r"^640\.0 s of audio: only the first 600\.0 s are heard$"):
+    with pytest.warns(UserWarning, match=r"^640\.0 s of audio: only the first 600\.0 s are used$"):
         batch = processor("Hi", np.zeros(640 * 16000, np.float32))
     assert len(batch["input_features"]) == 20
 
@@ -322,7 +322,7 @@ def test_ten_minutes_are_used_without_a_warning(processor):
     assert len(batch["input_features"]) == 20
 
 
-def test_a_file_may_take_the_place_of_its_samples(processor, tmp_path):
+def test_a_file_may_replace_a_waveform(processor, tmp_path):
     path = write_wav(tmp_path / "a.wav", sound(16000))
     expected = processor("Hi", load_audio(path))["input_features"]
     assert torch.equal(processor("Hi", str(path))["input_features"], expected)
@@ -330,7 +330,7 @@ def test_a_file_may_take_the_place_of_its_samples(processor, tmp_path):
     assert torch.equal(request["input_features"], expected)
 
 
-def test_a_file_that_is_too_short_is_named(processor, tmp_path):
+def test_a_file_that_is_too_short_is_reported(processor, tmp_path):
     path = write_wav(tmp_path / "blip.wav", sound(320))
     with pytest.raises(ValueError, match=r"blip\.wav: .*320 samples; at least 321"):
         processor("Hi", path)
@@ -356,7 +356,7 @@ def test_sound_ids_are_as_many_as_audio_frames(processor, model, samples):
     assert count_id(batch, processor.audio_token_id) == len(frames)
 
 
-def test_labels_leave_out_audio_and_padding(processor):
+def test_labels_ignore_audio_and_padding(processor):
     batch = processor(["Hi", "What sound is this?"], [sound(1600), sound(3200)], output_labels=True)
     is_audio = batch["input_ids"] == processor.audio_token_id
     is_padding = batch["attention_mask"] == 0
@@ -376,7 +376,7 @@ def exchange(question, answer):
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
-def test_answer_labels_are_what_the_assistant_says_and_its_end(processor, padding_side):
+def test_answer_labels_cover_only_the_reply_and_its_end(processor, padding_side):
     chats = [exchange("What is it?", "rain"), exchange("Hi", "seven three one")]
     batch = processor.apply_chat_template(chats, output_labels="answer", padding_side=padding_side)
     assert labeled_text(processor, batch, 0) == "rain<|im_end|>"
@@ -391,7 +391,7 @@ def test_every_turn_of_the_assistant_is_labeled(processor):
     assert labeled_text(processor, batch) == "rain<|im_end|>sea waves<|im_end|>"
 
 
-def test_line_ends_before_an_answer_are_labeled_with_the_token_that_they_share(qwen):
+def test_newlines_that_begin_an_answer_are_labeled_with_the_token_that_they_share(qwen):
     processor = AudioFlamingo3Processor(Tokenizer(qwen))
     batch = processor.apply_chat_template(exchange("Hi", "\n\nrain"), output_labels="answer")
     assert labeled_text(processor, batch) == "\n\n\nrain<|im_end|>"
@@ -430,7 +430,7 @@ def test_the_tensors_of_a_batch_are_attributes_too(processor):
     assert not hasattr(batch, "labels")
 
 
-def test_options_that_say_what_is_so_anyway_are_accepted_and_others_refused(processor):
+def test_options_with_the_only_supported_value_are_accepted_and_others_refused(processor):
     expected = processor("Hi")["input_ids"]
     batch = processor("Hi", return_tensors="pt", padding=True)
     assert torch.equal(batch["input_ids"], expected)
@@ -458,7 +458,7 @@ def test_the_text_of_a_chat_template_is_that_of_transformers(processor, golden):
     assert text == golden["text"]
 
 
-def test_several_recordings_stand_in_order_before_the_text_of_their_turn(processor):
+def test_several_recordings_come_in_order_before_the_text_of_their_turn(processor):
     chat = [
         user_message("Two", sound(1600), sound(3200)),
         {"role": "assistant", "content": "ok"},
@@ -472,7 +472,7 @@ def test_several_recordings_stand_in_order_before_the_text_of_their_turn(process
 
 
 @pytest.mark.parametrize("key", ["path", "audio"])
-def test_a_file_may_stand_under_path_or_audio(processor, tmp_path, key):
+def test_the_key_of_a_file_may_be_path_or_audio(processor, tmp_path, key):
     path = write_wav(tmp_path / "a.wav", sound(16000))
     message = {"role": "user", "content": [{"type": "audio", key: str(path)}]}
     batch = processor.apply_chat_template([message])
@@ -503,16 +503,16 @@ def test_a_message_without_content_is_skipped(processor):
         [{}],
         [{"type": "text"}],
         [{"type": "text", "text": None}],
-        [{"type": "text", "text": 619}],  # no number becomes a token
+        [{"type": "text", "text": 619}],  # a number must not become a token
         [{"type": "image", "path": "a.png"}],
     ],
 )
-def test_a_message_of_neither_text_nor_audio_is_refused(processor, content):
+def test_a_message_without_text_or_audio_is_refused(processor, content):
     with pytest.raises(ValueError, match="message"):
         processor.apply_chat_template([{"role": "user", "content": content}])
 
 
-def test_a_part_that_is_neither_text_nor_audio_is_said_to_be_so(processor):
+def test_the_error_for_a_part_says_that_it_is_neither_text_nor_audio(processor):
     content = [{"type": "image", "path": "a.png"}]
     with pytest.raises(ValueError, match="neither text nor audio"):
         processor.apply_chat_template([{"role": "user", "content": content}])
@@ -534,7 +534,7 @@ def test_a_transcription_request_may_have_another_prompt(processor):
 # ---- The files of a processor ----
 
 
-def test_a_feature_extractor_that_is_not_this_models_is_refused_by_field(spoiled):
+def test_a_field_of_another_feature_extractor_is_reported(spoiled):
     change_json(spoiled / "processor_config.json", feature_extractor={"hop_length": 200})
     message = r"processor_config\.json: hop_length is 200; this model's is 160"
     with pytest.raises(ValueError, match=message):
@@ -554,6 +554,6 @@ def test_a_flat_preprocessor_config_is_read_too(spoiled):
 def test_max_audio_len_is_honored(spoiled):
     change_json(spoiled / "processor_config.json", max_audio_len=60)
     processor = AudioFlamingo3Processor.from_pretrained(spoiled)
-    with pytest.warns(UserWarning, match=r"^70\.0 s of audio: only the first 60\.0 s are heard$"):
+    with pytest.warns(UserWarning, match=r"^70\.0 s of audio: only the first 60\.0 s are used$"):
         batch = processor("Hi", np.zeros(70 * 16000))
     assert len(batch["input_features"]) == 2

@@ -1,6 +1,6 @@
-"""save_pretrained writes what from_pretrained reads, and whenever it is killed, nothing by halves.
+"""save_pretrained writes what from_pretrained reads, and never leaves half a checkpoint.
 
-That transformers reads it to the same text is asserted by make_adapter_goldens.py, which needs it.
+That transformers gives the same answer with it is asserted by make_adapter_goldens.py.
 """
 
 import os
@@ -42,14 +42,14 @@ def saved(model, processor, tmp_path):
 # ---- What is written ----
 
 
-def test_a_saved_model_is_loaded_as_it_was(saved, model):
+def test_a_saved_model_is_loaded_unchanged(saved, model):
     again = load(saved)
     assert_same_tensors(again, model)
     assert again.config == model.config
     assert again.generation_config == model.generation_config
 
 
-def test_a_saved_processor_gives_the_same_tensors(saved, processor):
+def test_a_saved_processor_returns_the_same_tensors(saved, processor):
     again = AudioFlamingo3Processor.from_pretrained(saved)
     chat = conversation(sound(20000))
     expected = processor.apply_chat_template(chat, add_generation_prompt=True)
@@ -59,7 +59,7 @@ def test_a_saved_processor_gives_the_same_tensors(saved, processor):
         assert torch.equal(batch[name], tensor)
 
 
-def test_the_configuration_stays_that_of_the_checkpoint_but_for_the_dtype(
+def test_the_configuration_of_the_checkpoint_is_saved_unchanged_except_for_the_dtype(
     micro, processor, tmp_path
 ):
     load(micro, "bfloat16").save_pretrained(tmp_path)
@@ -87,7 +87,7 @@ def test_the_original_layout_is_saved_in_the_hub_layout(micro, tmp_path, model):
         assert (tmp_path / "hub" / name).read_text() == (TINY / name).read_text()
 
 
-def test_options_of_generation_are_saved_as_they_are_now(spoiled):
+def test_the_current_generation_options_are_saved(spoiled):
     model = load(spoiled)
     model.generation_config.max_new_tokens = 7
     model.save_pretrained(spoiled)
@@ -111,7 +111,7 @@ def test_large_weights_are_divided_into_shards_with_an_index(model, processor, t
     assert_same_tensors(load(tmp_path), model)
 
 
-def test_new_weights_replace_shards_that_were_there(spoiled, model):
+def test_new_weights_replace_existing_shards(spoiled, model):
     write_sharded(spoiled)
     changed = load(spoiled)
     changed.multi_modal_projector.linear_1.bias.fill_(7)
@@ -120,7 +120,7 @@ def test_new_weights_replace_shards_that_were_there(spoiled, model):
     assert (load(spoiled).multi_modal_projector.linear_1.bias == 7).all()
 
 
-def test_a_model_can_be_saved_where_its_own_memory_maps_are(spoiled, model):
+def test_a_model_can_overwrite_the_files_that_it_is_memory_mapped_from(spoiled, model):
     loaded = load(spoiled)
     loaded.save_pretrained(spoiled)
     assert_same_tensors(loaded, model)
@@ -145,7 +145,7 @@ print((peak() - before) / head.weight.nbytes)
 """
 
 
-def test_a_full_disk_is_named_with_the_directory_and_leaves_what_was_there(
+def test_a_full_disk_is_reported_with_the_directory_and_the_old_files_remain(
     micro, tmp_path, monkeypatch
 ):
     load(micro).save_pretrained(tmp_path)
@@ -161,15 +161,15 @@ def test_a_full_disk_is_named_with_the_directory_and_leaves_what_was_there(
     assert not (tmp_path / ".saving").exists()
 
 
-def test_other_files_of_weights_stay(micro, tmp_path):
+def test_weight_files_with_other_names_are_kept(micro, tmp_path):
     (tmp_path / "model-best.safetensors").touch()
-    (tmp_path / "model-00001-of-00002.safetensors").touch()  # of an earlier checkpoint
+    (tmp_path / "model-00001-of-00002.safetensors").touch()  # from an earlier checkpoint
     load(micro).save_pretrained(tmp_path)
     names = {path.name for path in tmp_path.glob("*.safetensors")}
     assert names == {"model-best.safetensors", "model.safetensors"}
 
 
-def test_memory_holds_no_second_copy_of_the_weights(micro, tmp_path):
+def test_saving_does_not_copy_the_weights_in_memory(micro, tmp_path):
     command = [sys.executable, "-c", MEASURE, str(micro), str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert float(result.stdout) < 0.5
@@ -180,8 +180,8 @@ def test_memory_holds_no_second_copy_of_the_weights(micro, tmp_path):
 
 
 @pytest.mark.parametrize("moves", range(3))
-def test_an_interrupted_save_leaves_no_half_checkpoint(spoiled, monkeypatch, moves):
-    """Weights, generation_config.json and config.json are moved: it is interrupted after so many."""
+def test_an_interrupted_save_does_not_leave_half_a_checkpoint(spoiled, monkeypatch, moves):
+    """Three files are moved, config.json last; the save is interrupted after `moves` of them."""
     model = load(spoiled)
     done = []
 
@@ -197,7 +197,7 @@ def test_an_interrupted_save_leaves_no_half_checkpoint(spoiled, monkeypatch, mov
         load(spoiled)
 
 
-def test_a_save_that_fails_while_it_writes_leaves_the_checkpoint_as_it_was(
+def test_a_save_that_fails_while_writing_leaves_the_checkpoint_unchanged(
     spoiled, model, monkeypatch
 ):
     def full_disk(*_, **__):
@@ -210,7 +210,7 @@ def test_a_save_that_fails_while_it_writes_leaves_the_checkpoint_as_it_was(
     assert not (spoiled / ".saving").exists()
 
 
-def test_what_a_killed_save_has_left_does_no_harm(spoiled, model):
+def test_files_left_by_a_killed_save_are_removed(spoiled, model):
     (spoiled / ".saving").mkdir()
     (spoiled / ".saving" / "model-00001-of-00009.safetensors").write_text("half")
     load(spoiled).save_pretrained(spoiled)

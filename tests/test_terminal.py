@@ -1,4 +1,4 @@
-"""The terminal: text from outside cannot steer it, and errors stay in one line."""
+"""The terminal: untrusted text cannot manipulate it, and errors are one line."""
 
 import sys
 
@@ -9,7 +9,7 @@ from plumbing import terminal
 from plumbing.terminal import one_line, printable
 
 
-def test_control_characters_are_made_visible():
+def test_control_characters_are_escaped():
     assert printable("\x1b[2J\x07hi\x9b\x7f") == r"\x1b[2J\x07hi\x9b\x7f"
     assert printable("tab\tline\nü漢🙂") == "tab\tline\nü漢🙂"
 
@@ -21,7 +21,7 @@ def test_a_message_of_several_lines_becomes_one():
 @pytest.mark.parametrize(
     "is_terminal, shown", [(True, r"\x1b[2J\x07hi\x9b"), (False, "\x1b[2J\x07hi\x9b")]
 )
-def test_an_answer_is_made_printable_in_a_terminal_only(run, clip, monkeypatch, is_terminal, shown):
+def test_an_answer_is_escaped_only_in_a_terminal(run, clip, monkeypatch, is_terminal, shown):
     def steering_text(processor, steps):
         return ["\x1b[2J\x07", "hi\x9b"]
 
@@ -31,12 +31,12 @@ def test_an_answer_is_made_printable_in_a_terminal_only(run, clip, monkeypatch, 
     assert out == shown + "\n"
 
 
-def test_a_file_name_in_an_error_is_made_printable(run):
+def test_a_file_name_in_an_error_is_escaped(run):
     _, _, err = run("\x1b[2Jgone.wav")
     assert err == "error: \\x1b[2Jgone.wav: no such file; a sound file is expected.\n"
 
 
-def test_a_package_that_is_not_installed_is_named_in_one_line(capsys):
+def test_a_missing_package_is_reported_in_one_line(capsys):
     with pytest.raises(SystemExit) as left:
         terminal.check_packages(["os", "no_such_package"])
     assert left.value.code == 2
@@ -57,7 +57,7 @@ def pieces(text, size):
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 100])
-def test_a_thought_is_dimmed_however_it_is_divided(size):
+def test_a_thought_is_dimmed_however_it_is_split(size):
     answer = "So <thin>: <think>a < b</think> b. <think>c</think> d<"
     dimmed = f"So <thin>: {DIM}<think>a < b</think>{NORMAL} b. {DIM}<think>c</think>{NORMAL} d<"
     assert "".join(terminal.dim_thoughts(pieces(answer, size))) == dimmed
@@ -67,14 +67,14 @@ def test_a_thought_that_does_not_end_is_dimmed_to_the_end_of_the_answer():
     assert "".join(terminal.dim_thoughts(["<think>", "well"])) == f"{DIM}<think>well{NORMAL}"
 
 
-def test_an_answer_comes_as_soon_as_it_can_be_no_tag():
+def test_text_is_shown_as_soon_as_it_cannot_be_part_of_a_tag():
     parts = terminal.dim_thoughts(["a", " <", "b"])
     assert next(parts) == "a"
     assert next(parts) == " "
     assert next(parts) == "<b"
 
 
-def test_thoughts_are_untouched_in_a_pipe(capsys):
+def test_thoughts_are_unchanged_in_a_pipe(capsys):
     terminal.print_as_it_comes(["<think>a</think>", " b"])
     assert capsys.readouterr().out == "<think>a</think> b\n"
 
