@@ -1,4 +1,4 @@
-"""official.py: its answers are the published ids, and it says where an answer differs."""
+"""official.py: its texts match the published ids, and it reports where an answer differs."""
 
 import sys
 
@@ -10,7 +10,7 @@ from plumbing.terminal import exit_with
 from processor import Tokenizer
 from signals import sound, write_wav
 
-END_ID = 151645  # <|im_end|> of the official tokenizer
+END_ID = 151645  # <|im_end|> in the official tokenizer
 
 PUBLISHED_IDS = {
     official.AUDIO_FLAMINGO_3[0]: """785 2213 315 279 1946 7699 374 364 9330 646 2548 3170 916 323
@@ -26,7 +26,7 @@ PUBLISHED_IDS = {
 
 
 @pytest.mark.parametrize("question", PUBLISHED_IDS)
-def test_the_published_ids_are_those_of_the_published_texts(qwen, question):
+def test_the_published_texts_have_the_published_ids(qwen, question):
     tokenizer = Tokenizer(qwen)
     ids = [int(token_id) for token_id in PUBLISHED_IDS[question].split()]
     assert tokenizer.encode(question.answer) == ids
@@ -76,13 +76,13 @@ def test_the_published_answer_is_recognized(run_official, recordings, monkeypatc
     assert output.count("the published answer, all") == 3
 
 
-def test_without_arguments_it_says_what_to_download(run_official):
+def test_without_arguments_it_explains_what_to_download(run_official):
     status, output, _ = run_official()
     assert status == 2
     assert "hf download nvidia/audio-flamingo-3-hf" in output
 
 
-def test_a_missing_recording_is_named(run_official, recordings):
+def test_a_missing_recording_is_reported(run_official, recordings):
     (recordings / official.LANGUAGE.recording).unlink()
     status, _, errors = run_official(TINY, recordings)
     assert status == 2
@@ -92,7 +92,7 @@ def test_a_missing_recording_is_named(run_official, recordings):
 def test_a_model_without_published_answers_is_refused(run_official, music_flamingo, recordings):
     status, _, errors = run_official(music_flamingo, recordings)
     expected = {
-        "music": (2, "error: No answers of Music Flamingo are published.\n"),
+        "music": (2, "error: No answers are published for Music Flamingo.\n"),
         "next": (1, ""),
     }
     assert (status, errors) == expected[music_flamingo.name]

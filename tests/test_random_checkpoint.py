@@ -1,4 +1,4 @@
-"""random_checkpoint.py: what it writes is a checkpoint, with the words of another."""
+"""random_checkpoint.py writes a checkpoint that has the tokenizer of another."""
 
 import sys
 
@@ -9,7 +9,7 @@ from processor import AudioFlamingo3Processor
 from signals import sound
 
 
-def test_a_random_checkpoint_has_the_words_of_its_source_and_answers(tmp_path, monkeypatch):
+def test_a_random_checkpoint_has_the_tokenizer_of_its_source(tmp_path, monkeypatch):
     folder = tmp_path / "small"
     monkeypatch.setattr(sys, "argv", ["", str(TINY), str(folder), "--small"])
     random_checkpoint.main()

@@ -1,19 +1,19 @@
-"""Times this project, beside transformers where that is installed, and prints a Markdown table.
+"""Times this project, and transformers if it is installed, and prints a Markdown table.
 
     python tools/bench.py tiny                                     embedded checkpoint, 5 s of audio
     python tools/bench.py CHECKPOINT --int8 --int4 --seconds 5 30  its own dtype, then int8 and int4
     python tools/bench.py CHECKPOINT --seconds 30 120 300 600 --tokens 4 --rounds 3
-    pip install transformers==5.23.0 librosa     for its figures: ours : theirs = ratio
+    pip install transformers==5.23.0 librosa     for the comparison: ours : theirs = ratio
 
 encoder      from log-mel windows to projected audio frames
-first token  from the waveform, log-mel and encoder included
-tokens/s     of those after the first
-GB/s of      the decoder's weights read in a second, beside a loop over nothing but the decoder's
-baseline     matrix-vector products, which every token needs
-peak         memory of this project alone, taken before transformers is imported
+first token  from the waveform, including log-mel and encoder
+tokens/s     after the first token
+GB/s of      the rate at which the decoder's weights are read, and that of a loop that computes only
+baseline     the decoder's matrix-vector products, which every token needs
+peak         memory of this project alone, measured before transformers is imported
 
-Times are medians over rounds in which both sides and the loop take turns, in one process and on
-the same tensors, so that a model of full size is in memory once.
+Times are medians over several rounds. Both sides and the loop take turns in one process, on the
+same tensors, so a full-size model is in memory only once.
 """
 
 import argparse
@@ -91,7 +91,7 @@ class Theirs:
         weights = {their_name(name): tensor for name, tensor in model.state_dict().items()}
         self.model.load_state_dict(weights, assign=True)
         self.model.eval()
-        # The rotary frequencies are in no checkpoint, so they are still on the meta device.
+        # The rotary frequencies are not in the checkpoint, so they are still on the meta device.
         decoder = self.model.model.language_model
         decoder.rotary_emb = type(decoder.rotary_emb)(config.text_config).to(model.device)
         if self.is_music_flamingo:
@@ -125,7 +125,7 @@ class Theirs:
 
 
 class Streamer:
-    """Calls a function for each new token, and not for the prompt, which comes first."""
+    """Calls a function for each new token, but not for the prompt, which comes first."""
 
     def __init__(self, on_token: Callable[[], None]):
         self.on_token = on_token
@@ -149,14 +149,14 @@ def their_name(name: str) -> str:
 
 
 def now(device: torch.device) -> float:
-    """The time when the device has finished its work."""
+    """Returns the time after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def time_side(side: Ours | Theirs, waveform: np.ndarray, tokens: int) -> dict[str, float]:
-    """Seconds of the encoder, up to the first token, and for each further token."""
+    """Returns the seconds for the encoder, the first token, and each further token."""
     device = side.model.device
     inputs = side.inputs(waveform)
     start = now(device)
@@ -175,7 +175,7 @@ def time_side(side: Ours | Theirs, waveform: np.ndarray, tokens: int) -> dict[st
 
 
 class Baseline:
-    """The decoder's matrix-vector products and nothing else: what every token needs."""
+    """Only the decoder's matrix-vector products, which every token needs."""
 
     def __init__(self, model: AudioFlamingo3ForConditionalGeneration):
         self.device = model.device
@@ -202,7 +202,7 @@ class Baseline:
 
 
 def weight_bytes(module: torch.nn.Module) -> int:
-    """Of a linear layer, or of a quantized one with its scales; the bias is left out."""
+    """The size of a linear layer, or of a quantized one with its scales; without the bias."""
     if isinstance(module, torch.nn.Linear):
         return module.weight.nbytes
     return sum(buffer.nbytes for buffer in module.buffers())
@@ -227,7 +227,7 @@ def load_model(
 
 @torch.inference_mode()
 def measure(args: argparse.Namespace, bits: int | None) -> tuple[list[str], torch.Tensor]:
-    """A row of the table for each length of audio, and the logits at the end of a prompt."""
+    """Returns a table row for each audio length, and the logits at the end of a prompt."""
     model = load_model(args, bits)
     ours = Ours(model, args.checkpoint)
     peaks = []
@@ -265,7 +265,7 @@ def make_waveform(seconds: float) -> np.ndarray:
 
 
 def last_logits(ours: Ours, waveform: np.ndarray) -> torch.Tensor:
-    """(16, V), of the last positions of the prompt."""
+    """Returns (16, V), the logits at the last 16 positions of the prompt."""
     inputs = ours.inputs(waveform)
     inputs["attention_mask"] = inputs["attention_mask"].bool()
     states = ours.model.prefill(**inputs)
@@ -282,7 +282,7 @@ def decoder_name(model: AudioFlamingo3ForConditionalGeneration, bits: int | None
 
 
 def timing_cells(times: list[list[dict]]) -> list[str]:
-    """Cells for the encoder, the first token and tokens/s, from each side's rounds."""
+    """Returns the cells for encoder, first token and tokens/s: medians of each side's rounds."""
     medians = []
     for rounds in times:
         names = rounds[0].keys()
@@ -295,7 +295,7 @@ def timing_cells(times: list[list[dict]]) -> list[str]:
 
 
 def compare(values: list[float], more_is_better: bool = False) -> str:
-    """Our value, or `ours : theirs = how many times better`."""
+    """Formats our value alone, or `ours : theirs = how many times better`."""
     if len(values) == 1:
         return f"{values[0]:.3g}"
     ours, theirs = values
@@ -322,14 +322,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--int8", action="store_true", help="again with the decoder in int8")
-    parser.add_argument("--int4", action="store_true", help="again with the decoder in int4")
+    parser.add_argument("--int8", action="store_true", help="also measure the decoder in int8")
+    parser.add_argument("--int4", action="store_true", help="also measure the decoder in int4")
     parser.add_argument("--alone", action="store_true", help="without transformers")
     args = parser.parse_args()
     if args.tokens < 2 or args.rounds < 1:
-        parser.error("--tokens of 2 or more and --rounds of 1 or more are expected")
+        parser.error("--tokens must be at least 2 and --rounds at least 1")
     if not all(0.03 <= seconds <= 1800 for seconds in args.seconds):
-        parser.error("--seconds from 0.03 to 1800 are expected")
+        parser.error("--seconds must be from 0.03 to 1800")
     return args
 
 
@@ -340,7 +340,7 @@ def main() -> None:
     logits = {}
     for bits, is_wanted in {None: True, 8: args.int8, 4: args.int4}.items():
         if is_wanted:
-            # A process of its own for each, so that the peaks are apart.
+            # A new process for each, so that each has its own peak memory.
             context = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(max_workers=1, mp_context=context) as process:
                 rows, logits[bits] = process.submit(measure, args, bits).result()

@@ -1,8 +1,8 @@
-"""What takes longer than a test may, as a table: many answers, many interruptions, obstacles.
+"""Endurance tests that take too long for the test suite: many answers, interruptions, obstacles.
 
     python tools/endure.py [--answers 1000] [--interrupts 100]
 
-Takes about three minutes on 2 quiet cores. Leaves with 1 if a row fails.
+Prints a table. Takes about three minutes on 2 idle cores. Exits with status 1 if a row fails.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import threading
 import time
 from pathlib import Path
 
-# By default PyTorch keeps a compiled program for each of the last 1,024 shapes that it has met.
+# By default PyTorch caches compiled code for each of the last 1,024 input shapes.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1")
 
 import torch
@@ -32,7 +32,7 @@ TINY = ROOT / "tiny"
 CLIP = TINY / "samples" / "digits.wav"
 COMMAND = [sys.executable, str(ROOT / "generate.py"), str(CLIP)]
 
-# Runs the command line with 300 MB more than it has after its imports.
+# Runs the command line with 300 MB more memory than it uses after its imports.
 WITHIN_300_MB = """
 import resource, sys
 import generate
@@ -44,7 +44,7 @@ sys.exit(generate.main())
 
 
 class Table:
-    """Prints rows, and knows whether one has failed."""
+    """Prints rows and records whether one has failed."""
 
     def __init__(self):
         self.failed = False
@@ -66,7 +66,7 @@ def resident_megabytes() -> float:
 
 
 class Server:
-    """A model that answers about many sounds in one process."""
+    """A model that answers questions about many sounds in one process."""
 
     def __init__(self):
         self.processor = AudioFlamingo3Processor.from_pretrained(TINY)
@@ -87,13 +87,13 @@ class Server:
                 early = resident_megabytes()
         late = resident_megabytes()
         table.add(
-            f"{served} answers in one process, hardly two recordings of one length",
+            f"{served} answers in one process, about recordings of many lengths",
             f"{early:.0f} MB after the 50th, {late:.0f} MB after the last",
             late < 1.05 * early,
         )
 
     def serve_threads(self, table: Table) -> None:
-        """Four threads that share the model, ten answers each."""
+        """Four threads share the model; each generates ten answers."""
         batches = []
         for i in range(4):
             waveform = sound(16000 * (i + 1), seed=i)
@@ -112,8 +112,8 @@ class Server:
         same = 0
         for i in answers:
             same += sum(torch.equal(answer, expected[i]) for answer in answers[i])
-        figure = f"{same} are what one thread gives"
-        table.add("40 answers of four threads that share a model", figure, same == 40)
+        figure = f"{same} are the same as on one thread"
+        table.add("40 answers from four threads that share a model", figure, same == 40)
 
 
 # ---- Obstacles ----
@@ -124,7 +124,7 @@ def shell(command: str) -> subprocess.CompletedProcess:
 
 
 def obstruct(table: Table) -> None:
-    """A full disk, closed and slow pipes, too little memory."""
+    """A full disk, closed pipes, slow pipes, and too little memory."""
     ask = " ".join(f"'{part}'" for part in COMMAND)
     full = shell(f"{ask} --quiet > /dev/full")
     one_error = full.stderr.startswith("error: ") and full.stderr.count("\n") == 1
@@ -133,7 +133,7 @@ def obstruct(table: Table) -> None:
     pipe = shell(f"{ask} --quiet | true; echo ${{PIPESTATUS[0]}}")
     status = pipe.stdout.strip()
     good = status == "0" and pipe.stderr == ""
-    table.add("a reader that is gone", f"status {status}, nothing on stderr", good)
+    table.add("a reader that has exited", f"status {status}, nothing on stderr", good)
 
     head = shell(f"{ask} | head -c 3")
     good = head.stdout == "sev" and "error" not in head.stderr
@@ -146,7 +146,7 @@ def obstruct(table: Table) -> None:
     reader, writer = os.pipe()
     process = subprocess.Popen([*COMMAND, "--quiet"], stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
-    time.sleep(4)  # the answer waits in the pipe
+    time.sleep(4)  # meanwhile the answer is waiting in the pipe
     answer = os.read(reader, 100)
     good = process.wait() == 0 and answer == b"seven three one\n"
     table.add("a slow reader", answer.decode().strip(), good)
@@ -165,7 +165,7 @@ def obstruct(table: Table) -> None:
 
 
 def interrupt(runs: int, table: Table) -> None:
-    """Ctrl-C at random moments, from the program's start to after its end."""
+    """Presses Ctrl-C at random moments, from the program's start to after its end."""
     rng = random.Random(0)
     options = ["--sample", "--temperature", "50", "--seed", "1", "--max-new-tokens", "400"]
     good = 0
@@ -174,7 +174,7 @@ def interrupt(runs: int, table: Table) -> None:
         process = subprocess.Popen(
             [*COMMAND, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
-        # Python itself needs 0.05 s to reach the program's first line.
+        # Python needs 0.05 s to reach the first line of the program.
         time.sleep(rng.uniform(0.1, 1.6))
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate()
@@ -185,7 +185,7 @@ def interrupt(runs: int, table: Table) -> None:
             good += 1
     table.add(
         f"{runs} interruptions at random moments",
-        f"{good} left with 130, or with 0 after the answer ({finished}), all lines whole",
+        f"{good} exited with 130, or with 0 after the answer ({finished}), all lines complete",
         good == runs,
     )
 

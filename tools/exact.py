@@ -1,13 +1,13 @@
-"""Compares this project with transformers, in numbers, on any checkpoint.
+"""Compares this project numerically with transformers, on any checkpoint.
 
-    pip install transformers==5.23.0 librosa        only for this
-    python tools/exact.py CHECKPOINT                the largest differences, over the cases of tests
+    pip install transformers==5.23.0 librosa        needed only for this
+    python tools/exact.py CHECKPOINT                the largest differences over all test cases
     python tools/exact.py CHECKPOINT --layers       layer by layer: where they begin to differ
 
---layers is for whoever changes the model. It runs both on a recording, prints how far each stage
-is from transformers' (the largest difference over the stage's largest value), and names the first
-stage that is further than the tolerance; of a layer, the first part in it.
-Leaves with 1 if something differs.
+Use --layers when you change the model. It runs both models on a recording, prints the relative
+difference of each stage (the largest difference over the stage's largest value), and reports the
+first stage, or submodule of a layer, whose difference exceeds the tolerance.
+Exits with status 1 if something differs.
 """
 
 import argparse
@@ -26,14 +26,14 @@ from plumbing.terminal import exit_with
 from processor import AudioFlamingo3Processor
 from signals import CASES, MUSIC_CASES, conversation, sound
 
-# Relative to the largest value of a stage.
+# Relative to the largest value of each stage.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2}
 
 FIRST_DECODER_LAYER = "language_model.model.layers.0"
 
 
 class Pair:
-    """A checkpoint in transformers (the oracle) and here."""
+    """The same checkpoint loaded by transformers (the oracle) and by this project."""
 
     def __init__(self, checkpoint: str, dtype: torch.dtype):
         check_is_checkpoint(Path(checkpoint))
@@ -53,7 +53,7 @@ class Pair:
         self.processor = AudioFlamingo3Processor.from_pretrained(checkpoint)
 
     def batches(self, lengths: list[int], padding_side: str) -> tuple[dict, dict]:
-        """The inputs of recordings of so many samples, by each processor, ours with labels."""
+        """Returns each processor's inputs for recordings of these lengths; ours include labels."""
         chats = [conversation(sound(length, seed=7)) for length in lengths]
         theirs = self.oracle_processor.apply_chat_template(
             chats,
@@ -70,9 +70,9 @@ class Pair:
         return theirs.to(dtype=self.oracle.dtype), ours
 
     def audio_frames(self, theirs: dict, ours: dict) -> tuple[Tensor, Tensor]:
-        """The projected audio frames of such inputs."""
+        """Returns the projected audio frames of both models."""
         arguments = [theirs["input_features"], theirs["input_features_mask"]]
-        if self.is_music_flamingo:  # it finds the windows of each recording in the ids
+        if self.is_music_flamingo:  # it derives the windows of each recording from the ids
             arguments.append(theirs["input_ids"])
         frames = self.oracle.get_audio_features(*arguments).pooler_output
         our_frames = self.model.get_audio_features(
@@ -93,7 +93,7 @@ def import_transformers():
 
 
 class LargestDifferences:
-    """The largest difference of each kind, beside its limit (design, section 4)."""
+    """The largest difference of each kind, with its limit (design, section 4)."""
 
     def __init__(self):
         self.found: dict[str, tuple[float, float]] = {}
@@ -104,7 +104,7 @@ class LargestDifferences:
         self.found[name] = (max(known, difference), max(known_limit, limit))
 
     def show(self) -> bool:
-        """Prints them; whether all are within their limits."""
+        """Prints the differences; returns whether all are within their limits."""
         for name, (difference, limit) in self.found.items():
             print(f"{name}: {difference:.1e}, limit {limit:.1e}")
         return all(difference <= limit for difference, limit in self.found.values())
@@ -138,12 +138,12 @@ def compare_numbers(
     limit = 1e-3 * max(1, float(logits.abs().max()) / 10)
     differences.add("logits", logits, our_output.logits[is_real], limit)
     if side == "right" or len(is_real) == 1:
-        # With left padding the oracle's loss also predicts first tokens from padding.
+        # With left padding the oracle's loss also includes first tokens predicted from padding.
         differences.add("loss", their_output.loss, our_output.loss, limit=1e-4)
 
 
 def compare_tokens(pair: Pair, theirs: dict, ours: dict, case: str) -> bool:
-    """Prints whether greedy tokens are the same, with and without a repetition penalty."""
+    """Compares greedy tokens, with and without a repetition penalty, and prints the result."""
     inputs = {name: tensor for name, tensor in ours.items() if name != "labels"}
     all_same = True
     for options in (
@@ -163,7 +163,7 @@ def compare_tokens(pair: Pair, theirs: dict, ours: dict, case: str) -> bool:
 
 
 def compare_layers(pair: Pair, tolerance: float) -> bool:
-    """Prints the distance of each stage and the first that is too far; whether none is."""
+    """Prints each stage's difference and the first above the tolerance; returns whether none is."""
     theirs, ours = pair.batches(CASES["odd"], padding_side="left")  # one window of 1 s
     inputs = {name: tensor for name, tensor in ours.items() if name != "labels"}
     modules = dict(pair.model.named_modules())
@@ -191,7 +191,7 @@ def compare_layers(pair: Pair, tolerance: float) -> bool:
 
 
 def distance(theirs: Tensor, ours: Tensor) -> float:
-    """The largest difference over the largest value; infinity if the shapes differ."""
+    """Returns the largest difference over the largest value; infinity if the shapes differ."""
     if theirs.shape != ours.shape:
         return float("inf")
     largest = float(theirs.float().abs().max())
@@ -199,36 +199,36 @@ def distance(theirs: Tensor, ours: Tensor) -> float:
 
 
 def first_difference(stages: list[tuple[str, Tensor, Tensor]], tolerance: float) -> str | None:
-    """The first of (name, their output, our output) that is further apart than the tolerance.
+    """Describes the first stage, (name, their output, our output), that exceeds the tolerance.
 
-    Stages are in the order in which they are computed, the parts of a layer before the layer.
+    Stages are in the order of computation: the submodules of a layer come before the layer.
     """
     for name, theirs, ours in stages:
         if theirs.shape != ours.shape:
             return f"{name} has shape {tuple(ours.shape)}, transformers' {tuple(theirs.shape)}"
         apart = distance(theirs, ours)
-        if not apart <= tolerance:  # true for NaN, too
+        if not apart <= tolerance:  # also true for NaN
             largest = float(theirs.abs().max())
             return f"{name}: {apart:.1e} of its largest value, {largest:.3g}"
     return None
 
 
 def is_whole_stage(name: str) -> bool:
-    """Whether a module is a stage of its own, and no part of a layer."""
+    """Whether a module is a stage, not a submodule of a layer."""
     last_part = name.split(".")[-1]
     return "layers." not in name or last_part.isdigit()
 
 
 def record(modules: dict[str, nn.Module], model: nn.Module, inputs: dict) -> dict[str, Tensor]:
-    """What comes out of each module when the model runs, in the order in which they finish.
+    """Runs the model and returns the output of each module, in the order in which they finish.
 
-    "splice" is what goes into the first decoder layer.
+    "splice" is the input of the first decoder layer.
     """
     outputs = {}
 
     def keep_output_as(name: str) -> Callable:
         def hook(module: nn.Module, inputs: tuple, output) -> None:
-            if not isinstance(output, Tensor):  # transformers' modules also give tuples
+            if not isinstance(output, Tensor):  # some of transformers' modules return tuples
                 output = output[0]
             outputs[name] = output
 
@@ -247,7 +247,7 @@ def record(modules: dict[str, nn.Module], model: nn.Module, inputs: dict) -> dic
 
 
 def rename_modules(oracle: nn.Module) -> dict[str, nn.Module]:
-    """The modules of transformers' model, by the names that they have in ours."""
+    """Returns the modules of transformers' model under the names that they have in ours."""
     renamed = {}
     for name, module in oracle.named_modules():
         name = name.removeprefix("model.")
@@ -258,7 +258,7 @@ def rename_modules(oracle: nn.Module) -> dict[str, nn.Module]:
 
 
 def cut_to_real_frames(name: str, output: Tensor, mel_frames: int) -> Tensor:
-    """Without the frames of padding, which transformers computes and we leave out."""
+    """Drops the frames of padding, which transformers computes and we do not."""
     conv_frames, audio_frames = frame_counts(mel_frames)
     if name == "audio_tower.conv1":
         return output[:, :, :mel_frames]

@@ -1,24 +1,24 @@
-"""Asks official weights the published questions, and compares with the published answers.
+"""Asks official weights the published questions and compares the answers with the published ones.
 
     python tools/official.py MODEL FOLDER
 
-MODEL   a directory or cached hub name of Audio Flamingo 3, or of Audio Flamingo Next (not its
-        -think or -captioner checkpoint, nor Music Flamingo, of which no answers are published)
-FOLDER  where these recordings are:
+MODEL   a directory or cached hub name of Audio Flamingo 3 or Audio Flamingo Next (but not its
+        -think or -captioner checkpoint, nor Music Flamingo: for these no answers are published)
+FOLDER  contains these recordings:
             Why_do_we_ask_questions_converted.wav
             dogs_barking_in_sync_with_the_music.wav
             Ch6Ae9DT6Ko_00-04-03_00-04-31.wav
 
-To get both, on a machine with 17 GB of memory and of disk:
+To download both, on a machine with 17 GB of memory and 17 GB of disk space:
 
     pip install huggingface_hub
     hf download nvidia/audio-flamingo-3-hf --include "*.json" "*.jinja" "model-*-of-*.safetensors"
     hf download nvidia/AudioSkills --repo-type dataset --include "assets/*.wav" --local-dir .
     python tools/official.py nvidia/audio-flamingo-3-hf assets
 
-Prints a line for each question, with the first token that differs. Leaves with 1 if a text that
-must agree does not. In bfloat16 two devices may choose between tokens that are almost equally
-likely in different ways; where that is known to happen, a difference is only reported.
+Prints a line for each question, with the first token that differs. Exits with status 1 if an answer
+that must agree does not. In bfloat16, two devices may choose differently between tokens that are
+almost equally likely; where that is known to happen, a difference is only reported.
 """
 
 import sys
@@ -36,7 +36,7 @@ from processor import AudioFlamingo3Processor
 class Question:
     recording: str
     prompt: str
-    answer: str  # as published with the tests of transformers
+    answer: str  # as published in the tests of transformers
     must_agree: bool = True
 
 
@@ -92,7 +92,7 @@ def ask(
     processor: AudioFlamingo3Processor,
     model: AudioFlamingo3ForConditionalGeneration,
 ) -> bool:
-    """Prints how the answer compares; whether it agrees where it must."""
+    """Prints how the answer compares; returns False if it must agree and does not."""
     batch = processor(question.prompt, folder / question.recording).to(model.device)
     ids = model.generate(**batch, max_new_tokens=100, do_sample=False)
     new_ids = ids[0, batch["input_ids"].shape[1] :].tolist()
@@ -114,7 +114,7 @@ def ask(
 def first_difference(
     ids: list[int], expected_ids: list[int], processor: AudioFlamingo3Processor
 ) -> str:
-    """Where two lists of ids, which are not the same, begin to differ."""
+    """Describes the first difference between two lists of ids, which must not be equal."""
     place = 0
     while ids[place : place + 1] == expected_ids[place : place + 1]:
         place += 1
@@ -126,12 +126,12 @@ def first_difference(
 
 
 def published_questions(model: AudioFlamingo3ForConditionalGeneration) -> list[Question]:
-    """Those of this model. Raises ValueError where no answers are published."""
+    """Returns the questions for this model. Raises ValueError if no answers are published."""
     if model.rotary_time is None:
         return AUDIO_FLAMINGO_3
     if model.config.text_config.rope_theta == 15_300_000:
         return AUDIO_FLAMINGO_NEXT
-    raise ValueError("No answers of Music Flamingo are published.")
+    raise ValueError("No answers are published for Music Flamingo.")
 
 
 def check_recordings(questions: list[Question], folder: Path) -> None:
@@ -139,7 +139,7 @@ def check_recordings(questions: list[Question], folder: Path) -> None:
         if not (folder / question.recording).is_file():
             raise FileNotFoundError(
                 f"{folder / question.recording}: no such file; "
-                "without arguments this program says what to download."
+                "run this program without arguments to see what to download."
             )
 
 

@@ -1,11 +1,11 @@
-"""Writes a checkpoint of random weights, as large as the official one or small, for timing.
+"""Writes a checkpoint with random weights, of the official size or small, for timing.
 
     hf download nvidia/audio-flamingo-3-hf --include "*.json" "*.jinja" --local-dir WORDS
     python tools/random_checkpoint.py WORDS FULL           16.5 GB in bfloat16
     python tools/random_checkpoint.py WORDS SMALL --small  0.25 GB in float32
 
-WORDS is a checkpoint directory in the hub layout that needs no weights: its configuration and its
-tokenizer are used. So the files of nvidia/audio-flamingo-next-hf give an Audio Flamingo Next.
+WORDS is a checkpoint directory in the hub layout. Only its configuration and its tokenizer are used.
+For an Audio Flamingo Next, download these files from nvidia/audio-flamingo-next-hf.
 """
 
 import argparse
@@ -31,7 +31,7 @@ SMALL_BOTH = {"num_hidden_layers": 4, "num_attention_heads": 6}
 
 
 def copy_words(source: Path, folder: Path, small: bool) -> None:
-    """Copies everything but weights; with `small`, makes the sizes in config.json small."""
+    """Copies everything but the weights; with `small`, reduces the sizes in config.json."""
     folder.mkdir(parents=True)
     for path in [*source.glob("*.json"), *source.glob("*.jinja")]:
         if path.name != INDEX:
@@ -42,7 +42,7 @@ def copy_words(source: Path, folder: Path, small: bool) -> None:
 
 
 def write_random_weights(folder: Path, dtype: torch.dtype, seed: int) -> None:
-    """Shard by shard, so that memory holds no more than one."""
+    """Writes one shard at a time, so that only one is in memory."""
     config = read_config(folder, read_token_ids(folder))
     with torch.device("meta"):  # shapes without memory
         model = AudioFlamingo3ForConditionalGeneration(AudioFlamingo3Config.from_dict(config))
@@ -59,7 +59,7 @@ def write_random_weights(folder: Path, dtype: torch.dtype, seed: int) -> None:
 
 
 def random_tensor(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
-    """Large enough that every part shows in the logits, small enough that they stay finite."""
+    """Large enough that every layer affects the logits, small enough that they stay finite."""
     tensor = torch.empty(like.shape, dtype=like.dtype).normal_(generator=generator)
     if "norm" in name and name.endswith("weight"):
         return tensor.mul_(0.2).add_(1)

@@ -1,9 +1,9 @@
-"""What int4's search for the steps gains over plain rounding to the range of each group.
+"""Measures how much int4's search for scales improves on plain rounding to each group's range.
 
     python tools/rounding.py tiny RECORDINGS
 
-Prints the errors of the decoder's weights, and of the logits for the WAV files in a folder: norm of
-the difference over norm.
+Prints the relative errors (norm of the difference over norm) of the decoder's weights, and of the
+logits for the WAV files in a folder.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""How much faster many recordings are answered together, and a second question than the first.
+"""Measures how much faster batches of recordings are, and a second question about a recording.
 
     python tools/throughput.py [FOLDER] [--clips 200] [--model tiny] [--max-new-tokens 64]
 
-Writes clips of 0.5 to 30 s, made of the recordings in FOLDER one after the other, or else of tones
-and noise. Answers them all with generate.py at several batch sizes, and some of them with a run of
-generate.py each. Then asks two questions about two minutes of audio with --chat. Prints tables.
+Writes clips of 0.5 to 30 s, made by concatenating recordings from FOLDER, or of tones and noise if
+there is no FOLDER. Runs generate.py on all clips at several batch sizes, and on some clips one by
+one. Then asks two questions about two minutes of audio with --chat. Prints tables.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def make_clip(recordings: list[Path], seconds: float, rng: random.Random) -> np.
 
 
 def generate(args: argparse.Namespace, *arguments, **options) -> tuple[float, str]:
-    """Seconds of a run of generate.py, and what it prints on stderr."""
+    """Runs generate.py; returns the seconds it took and its stderr."""
     command = [sys.executable, ROOT / "generate.py", "--model", args.model]
     command += ["--max-new-tokens", args.max_new_tokens, *arguments]
     start = time.perf_counter()
@@ -52,11 +52,14 @@ def generate(args: argparse.Namespace, *arguments, **options) -> tuple[float, st
 
 
 def time_batches(args: argparse.Namespace, folder: str, clips: list[Path]) -> None:
-    """Prints clips a second, one by one and in batches."""
-    print("| | clips a second |\n|---|---|", flush=True)
+    """Prints the clips per second, one by one and in batches."""
+    print("| | clips per second |\n|---|---|", flush=True)
     some = clips[::20]
     seconds = sum(generate(args, path, PROMPT, "--quiet")[0] for path in some) / len(some)
-    print(f"| a run of generate.py each ({len(some)} of them) | {1 / seconds:.2f} |", flush=True)
+    print(
+        f"| a separate run of generate.py each ({len(some)} of them) | {1 / seconds:.2f} |",
+        flush=True,
+    )
     for size in (1, 2, 4, 8, 16):
         seconds, stderr = generate(args, folder, PROMPT, "--batch-size", size)
         answering = float(re.search(r" in ([\d.]+) s", stderr)[1])
@@ -64,18 +67,18 @@ def time_batches(args: argparse.Namespace, folder: str, clips: list[Path]) -> No
         rate_without_start = len(clips) / answering
         print(
             f"| one run, --batch-size {size} | {rate:.2f} "
-            f"({rate_without_start:.2f} without its start) |",
+            f"({rate_without_start:.2f} without startup) |",
             flush=True,
         )
 
 
 def time_questions(args: argparse.Namespace, path: Path) -> None:
-    """Prints the seconds to the first token of two questions on the same recording."""
+    """Prints the seconds to the first token for two questions about the same recording."""
     lines = f"{PROMPT}\n{PROMPT}\n/quit\n"
     _, stderr = generate(args, "--chat", path, input=lines)
     first, second = re.findall(r"the first after ([\d.]+) s", stderr)
     ratio = float(second) / float(first)
-    print(f"\nfirst token of two questions on two minutes: {first} s, {second} s, {ratio:.1%}")
+    print(f"\nfirst token of two questions about two minutes: {first} s, {second} s, {ratio:.1%}")
 
 
 def main() -> None:
@@ -88,7 +91,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=64)
     args = parser.parse_args()
     if args.clips < 1:
-        parser.error("--clips of 1 or more is expected")
+        parser.error("--clips must be at least 1")
     recordings = []
     if args.folder:
         recordings = sorted(args.folder.rglob("*.wav"))

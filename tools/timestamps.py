@@ -1,12 +1,13 @@
-"""How well the times of words agree with the truth, on strings of digits with known boundaries.
+"""Measures the accuracy of word timestamps on strings of digits with known boundaries.
 
     python tools/timestamps.py [--speech FSDD] [--sounds ESC10] [--strings 200] [--model tiny]
 
-Each digit is a recording of its own, cut where it is louder than 2% of its largest sample, and put
-into a string after a pause of 0.05 to 0.3 s. The voices are those of espeak-ng (Debian's package)
-that tiny/ was not trained on. --speech adds the recordings of a folder, DIGIT_SPEAKER_TAKE.wav:
-tiny/ was trained on takes 5 to 49 of FSDD. Each kind is measured without and with noise.
---sounds: the largest score of a head where the answer is no transcription.
+Each digit is a separate recording, trimmed to where it is louder than 2% of its peak. A string
+consists of such digits, each after a pause of 0.05 to 0.3 s. The voices are those of espeak-ng (a
+Debian package) that tiny/ was not trained on. --speech adds a folder of recordings
+DIGIT_SPEAKER_TAKE.wav; tiny/ was trained on takes 5 to 49 of FSDD. Each kind is measured without
+and with noise.
+--sounds reports the highest score of a head for answers that are not transcriptions.
 """
 
 import argparse
@@ -32,7 +33,7 @@ PROMPT = "Transcribe the input speech."
 PAUSE = (0.05, 0.3)  # seconds
 SIGNAL_TO_NOISE = 20  # dB
 
-# Voices of espeak-ng that are not in the list in tiny/README.md, and how fast they speak.
+# Voices of espeak-ng that are not listed in tiny/README.md, and their speeds.
 ACCENTS = ["en-us", "en-gb", "en-gb-scotland", "en-029"]
 VOICES = [
     *("Alex", "Alicia", "Andrea", "Andy", "Annie", "Gene", "Hugo", "Lee", "Michael", "Mike"),
@@ -44,10 +45,10 @@ WORDS_A_MINUTE = [110, 130, 150, 170]
 
 @dataclass
 class Figures:
-    """What was measured on strings of one kind; errors in seconds."""
+    """Measurements on strings of one kind; errors are in seconds."""
 
     strings: int = 0
-    answered: int = 0  # rightly; only their words are measured
+    answered: int = 0  # correctly; only the words of these answers are measured
     middle_inside: list[bool] = field(default_factory=list)
     begin_errors: list[float] = field(default_factory=list)
     end_errors: list[float] = field(default_factory=list)
@@ -81,8 +82,8 @@ class Figures:
 
 
 HEADER = """\
-| strings of | answered rightly | words | middle inside | begin, median | begin, 90% | end, median \
-| best head | lowest score |
+| strings of | answered correctly | words | middle inside | begin, median | begin, 90% \
+| end, median | best head | lowest score |
 |---|---|---|---|---|---|---|---|---|"""
 
 
@@ -110,7 +111,7 @@ class Examiner:
         return figures
 
     def largest_score_of_others(self, paths: list[Path]) -> tuple[float, int]:
-        """The best head's score in answers of several words that are no transcription."""
+        """Returns the highest score among answers that are not transcriptions, and their number."""
         scores = []
         for path in paths:
             for prompt in ("Describe the audio.", "Who are you?"):
@@ -121,7 +122,7 @@ class Examiner:
 
 
 def speak_digits(folder: Path) -> None:
-    """Writes DIGIT_VOICE_0.wav of each voice of espeak-ng."""
+    """Writes DIGIT_VOICE_0.wav for each digit and voice of espeak-ng."""
     for number, voice in enumerate(VOICES):
         accent = ACCENTS[number % len(ACCENTS)]
         speed = str(WORDS_A_MINUTE[number % len(WORDS_A_MINUTE)])
@@ -132,7 +133,7 @@ def speak_digits(folder: Path) -> None:
 
 
 def read_digits(folder: Path) -> dict[str, dict[int, list[np.ndarray]]]:
-    """speaker -> digit -> waveforms, cut where they are loud."""
+    """Returns speaker -> digit -> waveforms, without silence at both ends."""
     speakers = {}
     for path in sorted(folder.glob("*.wav")):
         digit, speaker, _ = path.stem.split("_")
@@ -144,7 +145,7 @@ def read_digits(folder: Path) -> dict[str, dict[int, list[np.ndarray]]]:
 
 
 def make_string(speakers: dict, rng: random.Random):
-    """Three to eight digits of one speaker: the waveform, the words, their begins and ends."""
+    """Three to eight digits by one speaker. Returns the waveform, the words, their (begin, end)."""
     recordings = speakers[rng.choice(sorted(speakers))]
     parts = []
     words = []
@@ -164,7 +165,7 @@ def make_string(speakers: dict, rng: random.Random):
 
 
 def add_noise(waveform: np.ndarray, seed: int) -> np.ndarray:
-    """White noise, which fills the pauses."""
+    """Adds white noise, also to the pauses."""
     noise = np.random.default_rng(seed).standard_normal(len(waveform)).astype(np.float32)
     level = np.sqrt(np.mean(waveform**2)) * 10 ** (-SIGNAL_TO_NOISE / 20)
     return waveform + level * noise
@@ -193,7 +194,7 @@ def main() -> None:
         print(row, flush=True)
     if args.sounds:
         largest, count = examiner.largest_score_of_others(sorted(args.sounds.rglob("*.wav")))
-        print(f"\n{count} answers that are no transcription: the highest score is {largest:.2f}")
+        print(f"\n{count} answers that are not transcriptions: the highest score is {largest:.2f}")
 
 
 if __name__ == "__main__":

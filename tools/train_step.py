@@ -1,11 +1,11 @@
-"""Time and memory of a step of training, LoRA of rank 16, on a recording of 5 s, at full width.
+"""Measures time and memory of a training step: LoRA of rank 16, a recording of 5 s, full width.
 
-    python tools/train_step.py CHECKPOINT                   a checkpoint, such as one of full size
+    python tools/train_step.py CHECKPOINT                   any checkpoint
     python tools/train_step.py --decoder-layers 4           random weights, the official widths
     python tools/train_step.py --decoder-layers 4 --gradient-checkpointing
 
-The prompt is 125 audio frames and 40 other tokens, of which the last 20 are the answer. The first
-step also makes the optimizer's moments; the time is that of the second. Prints a line of Markdown.
+The input is 125 audio frames and 40 other tokens; the last 20 are the answer. The first step also
+allocates the optimizer's state, so the second step is timed. Prints a Markdown table.
 """
 
 import argparse
@@ -23,13 +23,13 @@ from extras.finetune import AnswerLoss, Settings, make_trainable, save_memory, t
 from processor import Batch, feature_batch
 from signals import sound
 
-AUDIO_FRAMES = 125  # of 5 s
+AUDIO_FRAMES = 125  # 5 s
 OTHER_TOKENS = 40
 ANSWER_TOKENS = 20
 
 
 def random_model(decoder_layers: int) -> AudioFlamingo3ForConditionalGeneration:
-    """The official sizes but for the number of the decoder's layers, in bfloat16."""
+    """The official sizes except for the number of decoder layers, in bfloat16."""
     config = AudioFlamingo3Config(text_config=Qwen2Config(num_hidden_layers=decoder_layers))
     with torch.device("meta"):
         model = AudioFlamingo3ForConditionalGeneration(config).to(torch.bfloat16)
@@ -52,7 +52,7 @@ def make_batch(model: AudioFlamingo3ForConditionalGeneration) -> Batch:
     batch = Batch(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), labels=labels)
     batch["input_features"] = features
     batch["feature_attention_mask"] = mask
-    batch["window_index"] = torch.zeros(1, dtype=torch.long)  # Audio Flamingo 3 needs none
+    batch["window_index"] = torch.zeros(1, dtype=torch.long)  # not needed by Audio Flamingo 3
     return batch.to(model.device)
 
 
@@ -77,7 +77,7 @@ def main() -> None:
     for _ in range(2):
         start = time.perf_counter()
         loss = train_step(AnswerLoss(model), batch, optimizer, rate=1e-4)
-        seconds = time.perf_counter() - start  # reading the loss has waited for a GPU
+        seconds = time.perf_counter() - start  # reading the loss has synchronized with a GPU
 
     factors = sum(parameter.numel() for parameter in trained.values())
     layers = model.config.text_config.num_hidden_layers
