@@ -1,4 +1,4 @@
-"""tiny/speakers.py keeps later takes apart from training, in strings too, and names all rightly."""
+"""tiny/speakers.py holds out later takes, also in strings, and labels all recordings correctly."""
 
 import json
 import subprocess
@@ -11,14 +11,14 @@ from conftest import ROOT
 from plumbing.audio_file import load_audio
 from signals import write_wav
 
-SECONDS = {"theo": 0.2, "lucas": 0.3}  # a length for each speaker, to recognize them by
+SECONDS = {"theo": 0.2, "lucas": 0.3}  # a distinct length for each speaker, to identify them
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """The lines of train.jsonl and of held_out.jsonl, for two digits of two speakers.
+    """The lines of train.jsonl and held_out.jsonl, for two digits by two speakers.
 
-    The recordings of takes that are held out are louder.
+    The recordings of held-out takes are louder.
     """
     folder = tmp_path_factory.mktemp("recordings")
     for take, loudness in ((5, 0.25), (44, 0.25), (45, 0.75), (49, 0.75)):
@@ -36,13 +36,13 @@ def written(tmp_path_factory):
 
 
 @pytest.mark.parametrize("file, quiet", [(0, True), (1, False)])
-def test_later_takes_are_only_in_what_is_held_out(written, file, quiet):
+def test_later_takes_are_only_in_the_held_out_data(written, file, quiet):
     assert {entry["task"] for entry in written[file]} == {"speaker", "digit", "string"}
     for entry in written[file][:40]:
         assert (load_audio(entry["audio"]).max() < 0.5) == quiet
 
 
-def test_every_recording_is_asked_about_with_its_own_speaker_and_digit(written):
+def test_every_recording_is_labeled_with_its_speaker_and_digit(written):
     for entry in written[0][:16]:
         digit, speaker, _ = entry["audio"].rsplit("/", 1)[1].split("_")
         right = {"speaker": speaker, "digit": {"0": "zero", "7": "seven"}[digit]}

@@ -1,4 +1,4 @@
-"""What a checkpoint answers to recordings kept apart: digits, strings of digits, sounds, music.
+"""Scores a checkpoint on held-out recordings: digits, strings of digits, sounds, music.
 
 python tiny/evaluate.py --speech FSDD --sounds ESC10 [MODEL] [--takes 45 46 47 48 49] [--fold 4]
 """
@@ -22,7 +22,7 @@ from train import CHORD, COUNT, DIGITS, MELODY, SOUNDS, TRANSCRIBE, WHAT, music
 
 
 class Answerer:
-    """Asks a model about many recordings, a batch at a time."""
+    """Asks a model about many recordings in batches."""
 
     def __init__(self, args: argparse.Namespace):
         self.processor = AudioFlamingo3Processor.from_pretrained(args.model)
@@ -45,7 +45,7 @@ class Answerer:
             yield from self.processor.batch_decode(new_ids, skip_special_tokens=True)
 
     def ask(self, prompt: str, examples: list[tuple[np.ndarray, str]]) -> list[tuple[str, str]]:
-        """(answer, right answer) for each (waveform, right answer)."""
+        """Returns (answer, correct answer) for each (waveform, correct answer)."""
         waveforms = [waveform for waveform, _ in examples]
         answers = self.answers([prompt] * len(examples), waveforms)
         return [(answer, right) for answer, (_, right) in zip(answers, examples)]
@@ -56,7 +56,7 @@ def silence(seconds: float) -> np.ndarray:
 
 
 def read_takes(folder: Path, takes: list[int]) -> dict[str, dict[int, list[np.ndarray]]]:
-    """speaker -> digit -> waveforms."""
+    """Returns speaker -> digit -> waveforms."""
     speakers = {}
     for path in sorted(folder.glob("*.wav")):
         digit, speaker, take = path.stem.split("_")
@@ -64,7 +64,7 @@ def read_takes(folder: Path, takes: list[int]) -> dict[str, dict[int, list[np.nd
             digits = speakers.setdefault(speaker, {})
             digits.setdefault(int(digit), []).append(load_audio(path))
     if not speakers:
-        raise FileNotFoundError(f"{folder}: no DIGIT_SPEAKER_TAKE.wav of takes {takes} inside.")
+        raise FileNotFoundError(f"{folder}: no DIGIT_SPEAKER_TAKE.wav with takes {takes} inside.")
     return speakers
 
 
@@ -99,7 +99,7 @@ def sounds(folder: Path, fold: int) -> list[tuple[np.ndarray, str]]:
         for path in sorted((folder / name.replace(" ", "_")).glob(f"{fold}-*.wav")):
             examples.append((load_audio(path), name))
     if not examples:
-        raise FileNotFoundError(f"{folder}: no rain/{fold}-*.wav and the like inside.")
+        raise FileNotFoundError(f"{folder}: no files like rain/{fold}-*.wav inside.")
     return examples
 
 
@@ -141,21 +141,21 @@ def main() -> None:
     singles = single_digits(speakers)
     wrong = wrong_ones(answerer.ask(TRANSCRIBE, singles))
     right = 100 * (1 - len(wrong) / len(singles))
-    print(f"digits alone: {right:.1f}% of {len(singles)} right", wrong[:8], flush=True)
+    print(f"single digits: {right:.1f}% of {len(singles)} correct", wrong[:8], flush=True)
 
     answers = answerer.ask(TRANSCRIBE, digit_strings(speakers, args.strings, rng))
     errors = sum(word_errors(answer, right) for answer, right in answers)
     words = sum(len(right.split()) for _, right in answers)
     rate = 100 * errors / words
-    print(f"strings of 3 to 8 digits: {rate:.2f}% word errors of {words} words", flush=True)
+    print(f"strings of 3 to 8 digits: {rate:.2f}% word error rate on {words} words", flush=True)
 
     wrong = wrong_ones(answerer.ask(WHAT, clips))
     right = 100 * (1 - len(wrong) / len(clips))
-    print(f"sounds of fold {args.fold}: {right:.1f}% of {len(clips)} right", wrong, flush=True)
+    print(f"sounds of fold {args.fold}: {right:.1f}% of {len(clips)} correct", wrong, flush=True)
 
     for kind in (CHORD, MELODY, COUNT):
         wrong = wrong_ones(answerer.ask(kind, tunes(kind, 100, rng)))
-        print(f"{kind} {100 - len(wrong)}% of 100 right", flush=True)
+        print(f"{kind} {100 - len(wrong)}% of 100 correct", flush=True)
 
     others = [
         "Who are you?",

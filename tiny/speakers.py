@@ -1,10 +1,10 @@
-"""Writes the lines that teach tiny/ who is speaking, from recordings DIGIT_SPEAKER_TAKE.wav.
+"""Writes training data that teaches tiny/ who is speaking, from DIGIT_SPEAKER_TAKE.wav files.
 
     python tiny/speakers.py RECORDINGS OUT
 
-OUT/train.jsonl      takes before 45: who speaks; and what, so that tiny/ does not forget it
-OUT/held_out.jsonl   takes from 45 on, with a "task" for each line: speaker, digit or string
-OUT/strings/         recordings of several digits, put together from those of one speaker
+OUT/train.jsonl      takes before 45; also asks for the digits, so that tiny/ does not forget them
+OUT/held_out.jsonl   takes from 45 on; the "task" of each line is speaker, digit or string
+OUT/strings/         strings of digits, concatenated from recordings of one speaker
 """
 
 import argparse
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from plumbing.audio_file import load_audio
 
 FIRST_HELD_OUT_TAKE = 45
-SAMPLE_RATE = 8000  # Hz, that of the recordings
+SAMPLE_RATE = 8000  # of the recordings, in Hz
 DIGITS = "zero one two three four five six seven eight nine".split()
 WHO = "Who is speaking?"
 TRANSCRIBE = "Transcribe the input speech."
@@ -39,7 +39,7 @@ def line(audio: Path, prompt: str, answer: str, task: str) -> dict:
 
 
 def lines_of_one(recordings: list[Recording]) -> list[dict]:
-    """Each recording with both questions."""
+    """Asks both questions about each recording."""
     lines = []
     for recording in recordings:
         lines.append(line(recording.path, WHO, recording.speaker, "speaker"))
@@ -48,7 +48,7 @@ def lines_of_one(recordings: list[Recording]) -> list[dict]:
 
 
 def lines_of_strings(recordings: list[Recording], count: int, folder: Path, rng) -> list[dict]:
-    """Writes strings of 2 to 8 digits, each by one speaker, and asks what is said in them."""
+    """Writes strings of 2 to 8 digits, each by one speaker, and asks for their transcriptions."""
     folder.mkdir(parents=True, exist_ok=True)
     by_speaker = {}
     for recording in recordings:
@@ -65,7 +65,7 @@ def lines_of_strings(recordings: list[Recording], count: int, folder: Path, rng)
 
 
 def write_string(path: Path, said: list[Recording], rng: random.Random) -> None:
-    """Recordings with 0.05 to 0.3 s of silence before each, in 16 bits."""
+    """Writes 16-bit audio: the recordings, each after 0.05 to 0.3 s of silence."""
     parts = []
     for recording in said:
         parts.append(np.zeros(int(rng.uniform(0.05, 0.3) * SAMPLE_RATE)))
@@ -90,7 +90,7 @@ def main() -> None:
     rng = random.Random(0)
     recordings = [Recording(path) for path in sorted(args.recordings.glob("*_*_*.wav"))]
     if not recordings:
-        parser.error(f"{args.recordings}: no files DIGIT_SPEAKER_TAKE.wav inside")
+        parser.error(f"{args.recordings}: no DIGIT_SPEAKER_TAKE.wav files inside")
     held_out = [recording for recording in recordings if recording.is_held_out]
     trained_on = [recording for recording in recordings if not recording.is_held_out]
     strings = args.out / "strings"

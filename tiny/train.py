@@ -1,14 +1,14 @@
-"""Makes the weights and the tokenizer of tiny/ from recordings, on two CPU cores.
+"""Trains the weights and the tokenizer of tiny/ on recordings, on two CPU cores.
 
     python tiny/train.py OUT --speech FSDD [MORE ...] --sounds ESC10 --minutes 60 [--hold-out]
     python tiny/train.py OUT --speech FSDD [MORE ...] --sounds ESC10 --minutes 30 --resume
 
-Speech is in files DIGIT_SPEAKER_TAKE.wav; sounds are in a folder for each class, FOLD-....wav;
-music is synthesized. OUT already holds config.json and the other files of tiny/.
+Speech is in files DIGIT_SPEAKER_TAKE.wav; each class of sounds has a folder of files FOLD-....wav;
+music is synthesized. OUT already contains config.json and the other files of tiny/.
 
-Each clip is turned into a log-mel spectrogram once, at several speeds. Strings of digits, noise
-and masks are made from these spectrograms: there clips can be put one after the other exactly,
-and a mixture is a sum of powers.
+The log-mel spectrogram of each clip is computed only once, at several speeds. Strings of digits,
+noise and masks are applied to these spectrograms: they can be concatenated exactly, and to mix two
+is to add their powers.
 """
 
 import argparse
@@ -53,7 +53,7 @@ CHORD = "Is this chord major or minor?"
 MELODY = "Does the melody rise or fall?"
 COUNT = "How many notes do you hear?"
 
-# Other ways to ask for the same.
+# Other ways to ask the same questions.
 ASK_SPEECH = [
     "What is being said?",
     "Which digits do you hear?",
@@ -97,7 +97,7 @@ OFF_TOPIC = [
     "Is this real?",
 ]
 
-# What the tokenizer learns from.
+# The training text of the tokenizer.
 TEXTS = [
     *(TRANSCRIBE, WHAT, CHORD, MELODY, COUNT),
     *(*ASK_SPEECH, *ASK_SOUND, *ASK_ANY, *OFF_TOPIC),
@@ -111,7 +111,7 @@ TEXTS = [
 
 
 def random_letters(rng: random.Random) -> str:
-    """A word that does not exist: consonants and vowels in turn."""
+    """Returns a made-up word of alternating consonants and vowels."""
     letters = []
     for position in range(rng.randint(2, 9)):
         if position % 2:
@@ -122,7 +122,7 @@ def random_letters(rng: random.Random) -> str:
 
 
 def off_topic_question(rng: random.Random) -> str:
-    """A question without an answer here: a real one, or shuffled words and random letters."""
+    """Returns an unanswerable question: a real one, or random words and made-up ones."""
     words = []
     for _ in range(rng.randint(1, 9)):
         if rng.random() < 0.5:
@@ -135,11 +135,11 @@ def off_topic_question(rng: random.Random) -> str:
     return " ".join(words).capitalize() + rng.choice(["", "?", ".", "!"])
 
 
-# ---- Tokenizer: a byte-level BPE learned from these texts ----
+# ---- Tokenizer: a byte-level BPE trained on these texts ----
 
 
 def write_tokenizer(path: Path) -> None:
-    """Learns vocabulary and merges and writes them into the tokenizer.json that is there."""
+    """Learns vocabulary and merges and writes them into the existing tokenizer.json."""
     content = json.loads(path.read_text())
     pattern = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
     words = count_words(pattern)
@@ -163,8 +163,8 @@ def write_tokenizer(path: Path) -> None:
 
 
 def count_words(pattern: str) -> Counter:
-    """How often each word is in the texts; a word is its symbols, separated by spaces."""
-    # Python's re does not know \p; the texts are ASCII.
+    """Counts each word in the texts; a word is a string of symbols separated by spaces."""
+    # Python's re does not support \p; the texts are ASCII.
     pattern = pattern.replace(r"\p{L}\p{N}", "a-zA-Z0-9")
     pattern = pattern.replace(r"\p{L}", "[a-zA-Z]").replace(r"\p{N}", "[0-9]")
     symbol_of = {byte: symbol for symbol, byte in byte_alphabet().items()}
@@ -176,7 +176,7 @@ def count_words(pattern: str) -> Counter:
 
 
 def count_pairs(words: Counter) -> Counter:
-    """In how many words two symbols follow each other."""
+    """Counts in how many words each pair of symbols is adjacent."""
     pairs = Counter()
     for word, count in words.items():
         symbols = word.split()
@@ -186,7 +186,7 @@ def count_pairs(words: Counter) -> Counter:
 
 
 def merge_pair(words: Counter, pair: tuple[str, str]) -> Counter:
-    """The words with the two symbols as one."""
+    """Merges the pair of symbols in all words."""
     separate = re.compile(rf"(?<!\S){re.escape(' '.join(pair))}(?!\S)")
     merged = Counter()
     for word, count in words.items():
@@ -194,13 +194,13 @@ def merge_pair(words: Counter, pair: tuple[str, str]) -> Counter:
     return merged
 
 
-# ---- Clips: (mel frames, 128) of log10 mel power in float16, at several speeds ----
+# ---- Clips: log10 mel power, (mel frames, 128) in float16, at several speeds ----
 
 SILENCE = -10.0  # log10 of the lowest mel power
 
 
 def clip_mels(waveform: np.ndarray, speeds: int, spread: float, rng) -> list[Tensor]:
-    """A clip at its own speed and at others, each shifted against the grid of frames."""
+    """Returns a clip at its own and other speeds, each with a random offset to the frame grid."""
     rates = [16000]
     for _ in range(speeds - 1):
         rates.append(round(rng.uniform(1 - spread, 1 + spread) * 160) * 100)
@@ -210,12 +210,12 @@ def clip_mels(waveform: np.ndarray, speeds: int, spread: float, rng) -> list[Ten
         samples = F.pad(samples, (rng.randrange(160), 0))
         frames = min(mel_frame_count(len(samples)) + 3, N_MEL_FRAMES)
         mel = log_mel(samples)[:, :frames]
-        mels.append((mel.T * 4 - 4).half())  # log_mel gives (x + 4) / 4
+        mels.append((mel.T * 4 - 4).half())  # log_mel returns (x + 4) / 4
     return mels
 
 
 def read_speech(folders: list[Path], hold_out: bool, rng: random.Random) -> dict:
-    """speaker -> digit -> clips."""
+    """Returns speaker -> digit -> clips."""
     speech = {}
     paths = sorted(path for folder in folders for path in folder.glob("*.wav"))
     for path in paths:
@@ -233,7 +233,7 @@ def read_speech(folders: list[Path], hold_out: bool, rng: random.Random) -> dict
 
 
 def read_sounds(folder: Path, hold_out: bool, rng: random.Random) -> dict:
-    """class -> clips."""
+    """Returns class -> clips."""
     sounds = {}
     for name in SOUNDS:
         sounds[name] = []
@@ -245,7 +245,7 @@ def read_sounds(folder: Path, hold_out: bool, rng: random.Random) -> dict:
 
 
 class Instrument:
-    """A sound of its own: how loud its harmonics are, how fast it begins and fades."""
+    """A random timbre: the amplitudes of its harmonics, its attack and its decay."""
 
     def __init__(self, rng: random.Random):
         self.harmonics = [1.0]
@@ -255,7 +255,7 @@ class Instrument:
         self.attack = rng.uniform(0.005, 0.05)
 
     def note(self, pitch: float, seconds: float) -> np.ndarray:
-        """A waveform at 16 kHz; the pitch is a MIDI number, 69 is 440 Hz."""
+        """Returns a waveform at 16 kHz; the pitch is a MIDI note number (69 is 440 Hz)."""
         t = np.arange(int(seconds * 16000)) / 16000
         frequency = 440 * 2 ** ((pitch - 69) / 12)
         tone = 0
@@ -267,7 +267,7 @@ class Instrument:
 
 
 def music(kind: str, rng: random.Random) -> tuple[np.ndarray, str]:
-    """A waveform at 16 kHz and the answer to the question `kind`."""
+    """Returns a waveform at 16 kHz and the answer to the question `kind`."""
     instrument = Instrument(rng)
     if kind == CHORD:
         return chord(instrument, rng)
@@ -299,12 +299,12 @@ def chord(instrument: Instrument, rng: random.Random) -> tuple[np.ndarray, str]:
 
 
 def add_power(a: Tensor, b: Tensor) -> Tensor:
-    """The sum of two powers, all in log10."""
+    """Adds two powers given as log10; returns log10."""
     return torch.logaddexp(a * np.log(10), b * np.log(10)) / np.log(10)
 
 
 def random_curve(points: int, depth: float) -> Tensor:
-    """(128,): a smooth random line over the mel bins."""
+    """Returns (128,): a smooth random curve over the mel bins."""
     values = torch.randn(1, 1, points) * depth
     return F.interpolate(values, 128, mode="linear")[0, 0]
 
@@ -334,7 +334,7 @@ class Examples:
         return torch.full((frames, 128), SILENCE, dtype=torch.half)
 
     def digit_string(self, length: int) -> tuple[Tensor, str]:
-        """Digits of one speaker, with silence before each and sometimes after the last."""
+        """Digits by one speaker, with silence before each and sometimes after the last."""
         rng = self.rng
         group = self.voices if rng.random() < 0.25 else self.speakers
         speaker = self.speech[rng.choice(group)]
@@ -355,9 +355,9 @@ class Examples:
         rng = self.rng
         name = rng.choice(SOUNDS)
         mel = self.excerpt(name, frames)
-        if rng.random() < 0.4:  # a second one of the same class
+        if rng.random() < 0.4:  # mix in another clip of the same class
             mel = add_power(mel, self.excerpt(name, frames) + rng.uniform(-1.5, 0.3))
-        if rng.random() < 0.3:  # another one, much softer
+        if rng.random() < 0.3:  # mix in any other clip, much softer
             other = self.excerpt(rng.choice(SOUNDS), frames)
             mel = add_power(mel, other + (mel.max() - other.max()) - rng.uniform(1.2, 3))
         shift = rng.randint(-6, 6) if rng.random() < 0.5 else 0  # in mel bins
@@ -365,7 +365,7 @@ class Examples:
         return self.distort(mel, noise=0.3, longest_mask=max(5, frames // 6)), name
 
     def excerpt(self, name: str, frames: int) -> Tensor:
-        """A part of a random clip, and of five tries the first that is not silent."""
+        """Returns a part of a random clip: the first of five tries that is not silent."""
         mel = self.rng.choice(self.rng.choice(self.sounds[name])).float()
         mel = mel.roll(self.rng.randrange(len(mel)), dims=0)
         starts = [self.rng.randint(0, max(0, len(mel) - frames)) for _ in range(5)]
@@ -378,7 +378,7 @@ class Examples:
         return F.pad(part, (0, 0, 0, frames - len(part)), value=SILENCE)
 
     def distort(self, mel: Tensor, noise: float, longest_mask: int) -> Tensor:
-        """Another room and microphone (gain, tilt, noise), log-mel's own scaling, and masks."""
+        """Simulates a room and microphone (gain, tilt, noise), scales like log_mel, and masks."""
         rng = self.rng
         mel = mel + random_curve(points=5, depth=0.25) + rng.uniform(-1, 0.5)
         if rng.random() < noise:
@@ -394,7 +394,7 @@ class Examples:
         return mel
 
     def draw(self, digits: int, frames: int) -> tuple[Tensor, str, str]:
-        """A random example; strings of up to `digits` digits, sounds of `frames` mel frames."""
+        """Returns a random example: up to `digits` digits, `frames` frames of sound, or music."""
         rng = self.rng
         kind = rng.random()
         other = rng.random()
@@ -426,7 +426,7 @@ class Examples:
 
 
 def collate(examples: list, processor: AudioFlamingo3Processor) -> dict[str, Tensor]:
-    """The model's right-padded inputs, with labels on the answer and its end only."""
+    """Returns right-padded inputs for the model; labels cover only the answer and its end."""
     prompts = []
     for mel, prompt, answer in examples:
         _, audio_frames = frame_counts(len(mel))
@@ -450,7 +450,7 @@ def collate(examples: list, processor: AudioFlamingo3Processor) -> dict[str, Ten
 
 
 def new_model(folder: Path) -> AudioFlamingo3ForConditionalGeneration:
-    """A new tokenizer, and random weights with which each layer begins as a small step."""
+    """Writes a new tokenizer; returns a new model, whose layers add little at first."""
     write_tokenizer(folder / "tokenizer.json")
     config = read_config(folder, read_token_ids(folder))
     model = AudioFlamingo3ForConditionalGeneration(AudioFlamingo3Config.from_dict(config))
@@ -468,7 +468,7 @@ def new_model(folder: Path) -> AudioFlamingo3ForConditionalGeneration:
         if parameter.ndim == 1:
             parameter.data.zero_()  # biases
 
-    # Whisper's sinusoids as positions.
+    # Whisper's sinusoidal position embeddings.
     positions = model.audio_tower.embed_positions.weight
     half = positions.shape[1] // 2
     frequencies = torch.exp(-np.log(10000) * torch.linspace(0, 1, half))
@@ -478,7 +478,7 @@ def new_model(folder: Path) -> AudioFlamingo3ForConditionalGeneration:
 
 
 def make_optimizers(model: AudioFlamingo3ForConditionalGeneration) -> dict:
-    """Muon for the matrices of the layers, AdamW for all else, each with its learning rate."""
+    """Returns Muon for the matrices of the layers, AdamW for the rest, and their learning rates."""
     model.audio_tower.embed_positions.requires_grad_(False)
     matrices = []
     others = []
@@ -493,7 +493,7 @@ def make_optimizers(model: AudioFlamingo3ForConditionalGeneration) -> dict:
 
 
 def longest_string(progress: float, resume: bool) -> int:
-    """Digits in the longest strings: they grow from one to eight as training goes on."""
+    """Returns the length of the longest strings, which grows from 1 to 8 during training."""
     if resume:
         return 8
     return min(8, max(1, 1 + int((progress - 0.06) / 0.035)))
@@ -506,7 +506,7 @@ def train(
     rng = examples.rng
     optimizers = make_optimizers(model)
     start = time.time()
-    progress = 0.0  # from 0 to 1, by the clock
+    progress = 0.0  # elapsed fraction of the training time
     step = 0
     mean_loss = 0.0
     while progress < 1:
@@ -514,7 +514,7 @@ def train(
         step += 1
         longest = longest_string(progress, args.resume)
         digits = rng.choice([1, 1, longest, longest, longest, *range(1, longest + 1)])
-        # Sounds are about as long as the strings, so that little is padded.
+        # Sounds are about as long as the strings, so that there is little padding.
         frames = min(500, max(150, 55 * digits + rng.randint(0, 150)))
         batch = collate([examples.draw(digits, frames) for _ in range(32)], processor)
 
@@ -539,7 +539,7 @@ def train(
 
 
 def save(model: AudioFlamingo3ForConditionalGeneration, path: Path) -> None:
-    """float32, except for the encoder: in bfloat16 the file stays below 16 MB."""
+    """Saves the encoder in bfloat16, to keep the file below 16 MB, and the rest in float32."""
     tensors = model.state_dict()
     for name, tensor in tensors.items():
         if name.startswith("audio_tower"):
@@ -561,7 +561,7 @@ def main() -> None:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the weights in OUT, with the longest strings at once",
+        help="continue from the weights in OUT, with the longest strings from the start",
     )
     args = parser.parse_args()
     torch.manual_seed(args.resume)
