@@ -1,4 +1,4 @@
-"""Changes a checkpoint directory in ways that tests need."""
+"""Modifies checkpoint directories for the tests."""
 
 import json
 import shutil
@@ -24,14 +24,14 @@ def change_section(path: Path, section: str, **fields) -> None:
 
 
 def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    """Calls `change` with the tensors of a checkpoint, and writes what it makes of them."""
+    """Calls `change` with the tensors of a checkpoint and saves the result."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def write_sharded(folder: Path) -> None:
-    """Divides model.safetensors into two shards and an index."""
+    """Splits model.safetensors into two shards and an index."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names = sorted(tensors)
@@ -45,7 +45,7 @@ def write_sharded(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-# The model's prefix of the tensors in each folder of the original layout.
+# For each folder of the original layout, the prefix of its tensors in the model.
 ORIGINAL_PREFIXES = {
     "llm": "language_model.",
     "sound_tower": "audio_tower.",
@@ -54,7 +54,7 @@ ORIGINAL_PREFIXES = {
 
 
 def write_original(hub: Path, folder: Path) -> None:
-    """The weights of a hub layout in the layout of nvidia/audio-flamingo-3, with its names."""
+    """Converts a checkpoint from the hub layout to that of nvidia/audio-flamingo-3."""
     config = read_json(hub / "config.json")
     text_config = config["text_config"]
     text_config["rope_theta"] = text_config.pop("rope_parameters")["rope_theta"]
@@ -81,9 +81,9 @@ def write_original(hub: Path, folder: Path) -> None:
         shutil.copy(hub / name, folder / "llm")
 
 
-# What the config.json of each newer model has at its top level, beside the ids of the borders.
-# Both leave something to be known: the period is 1200, and 0.2 of the channels' number are angles.
-# Music Flamingo's head_dim is wrong, as it is in the published file, and counts for nothing.
+# Top-level fields in the config.json of each newer model, in addition to the ids of the borders.
+# Both rely on defaults: the period is 1200, and a fraction of 0.2 of the channels has angles.
+# Music Flamingo's head_dim is wrong, as in the published file, and must be ignored.
 ROTARY_TIME_FIELDS = {
     "music": {"head_dim": 256, "rope_parameters": {"rope_type": "default", "rope_theta": 1200}},
     "next": {"audio_frame_step": 0.01},
@@ -100,10 +100,10 @@ BORDERS = ["<|sound_bos|>", "<|sound_eos|>"]
 
 
 def write_music_flamingo(micro: Path, template: Path, folder: Path, family: str) -> None:
-    """Makes a checkpoint of Music Flamingo ("music") or Audio Flamingo Next ("next") of `micro`.
+    """Makes a checkpoint of Music Flamingo ("music") or Audio Flamingo Next ("next") from `micro`.
 
-    Two tokens more, the borders of a recording, have random embeddings. `template` is a
-    chat_template.jinja.
+    The two additional tokens, the borders of a recording, have random embeddings. `template` is
+    the path of a chat_template.jinja.
     """
     shutil.copytree(micro, folder)
     tokenizer = read_json(folder / "tokenizer.json")

@@ -1,11 +1,11 @@
-"""What the tests share. One thread each: on a busy machine several wait for each other."""
+"""Fixtures. The tests use one thread: on a busy machine, several wait for each other."""
 
 import os
 import shutil
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; programs inherit it
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; inherited by subprocesses
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "processor_config.
 
 @pytest.fixture(scope="session")
 def micro(tmp_path_factory) -> Path:
-    """A whole checkpoint directory: seeded random weights, tiny/'s tokenizer. Not to be changed."""
+    """A complete checkpoint with seeded random weights and tiny/'s tokenizer. Do not modify it."""
     folder = tmp_path_factory.mktemp("micro")
     for file in (TESTS / "micro").iterdir():
         shutil.copy(file, folder)
@@ -39,7 +39,7 @@ def micro(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session", params=["music", "next"])
 def music_flamingo(request, micro, tmp_path_factory) -> Path:
-    """The same of Music Flamingo, and of Audio Flamingo Next. Not to be changed."""
+    """The same for Music Flamingo and Audio Flamingo Next. Do not modify it."""
     folder = tmp_path_factory.mktemp("family") / request.param
     write_music_flamingo(micro, TINY / "chat_template.jinja", folder, request.param)
     return folder
@@ -47,7 +47,7 @@ def music_flamingo(request, micro, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def spoiled(micro, tmp_path) -> Path:
-    """A copy of `micro` that a test may change."""
+    """A copy of `micro` that a test may modify."""
     return Path(shutil.copytree(micro, tmp_path / "checkpoint"))
 
 
@@ -63,7 +63,7 @@ def processor(micro):
 
 @pytest.fixture(scope="session")
 def goldens() -> dict[str, torch.Tensor]:
-    """What transformers and peft answer, written by make_goldens.py."""
+    """The outputs of transformers and peft, recorded by make_goldens.py."""
     arrays = np.load(TESTS / "goldens.npz")
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
@@ -82,13 +82,13 @@ def ffmpeg() -> str:
 
 @pytest.fixture
 def clip(tmp_path) -> str:
-    """A file of 1.5 s."""
+    """The path of a recording of 1.5 s."""
     return str(write_wav(tmp_path / "clip.wav", sound(24000)))
 
 
 @pytest.fixture
 def run(monkeypatch, capsys, micro):
-    """Runs the command line in this process: (exit status, stdout, stderr)."""
+    """Runs the command line in this process; returns (exit status, stdout, stderr)."""
 
     def call(*arguments, model=micro):
         command = ["generate.py", "--model", model, "--device", "cpu", *arguments]

@@ -1,12 +1,12 @@
-"""Writes tests/adapter_goldens.npz: what peft and transformers make of what is trained here.
+"""Writes tests/adapter_goldens.npz: the outputs of peft and transformers for our adapters.
 
-    pip install transformers==5.23.0 peft librosa      only for this; the tests need none of it
+    pip install transformers==5.23.0 peft librosa      only for this; the tests do not need them
     python tests/make_adapter_goldens.py
 
 It saves an adapter as extras/finetune.py does, loads it with peft into transformers' model, and
-keeps the logits; beside them the names of the tensors that peft itself saves for such an adapter.
-Then it saves tiny/ by save_pretrained, from either layout, and asserts that transformers gives
-the same answer with it.
+records the logits, and also the names of the tensors that peft itself saves for such an adapter.
+Then it saves tiny/ with save_pretrained, loaded from either layout, and asserts that transformers
+gives the same answer with the saved checkpoint.
 """
 
 import shutil
@@ -53,17 +53,17 @@ def adapter_goldens(checkpoint: Path, folder: Path) -> dict[str, np.ndarray]:
 
 
 def names_of_peft(checkpoint: Path, folder: Path) -> list[str]:
-    """The names that peft itself gives to the tensors of an adapter of the same layers."""
+    """Returns the names that peft gives to the tensors of an adapter for the same layers."""
     targets = LoraConfig.from_pretrained(folder).target_modules
     oracle = Oracle.from_pretrained(checkpoint, dtype=torch.float32)
     model = get_peft_model(oracle, LoraConfig(r=2, target_modules=targets))
-    # By default peft adds a copy of the whole lm_head, if that has factors.
+    # By default peft adds a copy of the whole lm_head if it has factors.
     model.save_pretrained(folder / "of_peft", save_embedding_layers=False)
     return sorted(load_file(folder / "of_peft" / "adapter_model.safetensors"))
 
 
 def assert_same_answer(checkpoint: Path, folder: Path) -> None:
-    """transformers transcribes a recording with a saved copy of a checkpoint as we do with it."""
+    """Asserts that transformers, with a saved checkpoint, gives the same answer as we do."""
     model = AudioFlamingo3ForConditionalGeneration.from_pretrained(checkpoint, "cpu")
     processor = AudioFlamingo3Processor.from_pretrained(checkpoint)
     model.save_pretrained(folder)

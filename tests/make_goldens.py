@@ -1,10 +1,10 @@
-"""Writes what the tests compare with: a small checkpoint, an adapter, and transformers' answers.
+"""Writes the reference data of the tests: a small checkpoint, an adapter, transformers' outputs.
 
-    pip install transformers==5.23.0 peft librosa      only for this; the tests need none of it
+    pip install transformers==5.23.0 peft librosa      only for this; the tests do not need them
     python tests/make_goldens.py
 
 tests/micro/         a seeded random checkpoint
-tests/think/         a LoRA adapter to it, as peft saves it
+tests/think/         a LoRA adapter for it, saved by peft
 tests/goldens.npz    what transformers and peft compute from them
 tests/goldens.json   transformers' token ids and chat templates
 """
@@ -84,7 +84,7 @@ def small_config(token_ids: dict[str, int]) -> AudioFlamingo3Config:
 
 
 def checkpoint_name(name: str) -> str:
-    """The name in a published checkpoint of a tensor of transformers' model."""
+    """Converts the name of a tensor in transformers' model to its name in published checkpoints."""
     if name.startswith("lm_head"):
         return f"language_model.{name}"
     name = name.replace("model.language_model.", "language_model.model.")
@@ -93,7 +93,7 @@ def checkpoint_name(name: str) -> str:
 
 
 def initial_value(name: str, noise: Tensor) -> Tensor:
-    """Large enough that every part shows in the logits, small enough that they stay finite."""
+    """Large enough that every layer affects the logits, small enough that they stay finite."""
     if "norm" in name and name.endswith("weight"):
         return 1 + 0.2 * noise
     if noise.ndim == 1 or "positions" in name:
@@ -131,7 +131,7 @@ def case_goldens(folder: Path) -> dict[str, Tensor]:
             name = f"{case}.{side}"
             goldens |= forward_goldens(model, processor, batch, name)
             if side == "right" or len(lengths) == 1:
-                # With left padding transformers' loss also predicts first tokens from padding.
+                # With left padding, transformers' loss includes predictions from padding.
                 goldens[f"{name}.loss"] = compute_loss(model, processor, batch)
             if side == "left":
                 goldens |= token_goldens(model, batch, name)
@@ -140,7 +140,7 @@ def case_goldens(folder: Path) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def forward_goldens(model, processor, batch, name: str) -> dict[str, Tensor]:
-    """A sample of each stage: whole, they would be large files."""
+    """Returns samples of each stage; complete outputs would make the files large."""
     features = batch["input_features"]
     mask = batch["input_features_mask"]
     frames = model.get_audio_features(features, mask).pooler_output
@@ -184,13 +184,13 @@ def bfloat16_distance(folder: Path) -> Tensor:
 
 
 def write_adapter(checkpoint: Path, folder: Path) -> None:
-    """As peft saves it, and beside it a bias of the projector that was trained as a whole."""
+    """Writes an adapter saved by peft, and a fully trained bias of the projector."""
     torch.manual_seed(4)
     trained = r".*language_model.*_proj|.*linear_2"
     config = LoraConfig(r=2, lora_alpha=6, target_modules=trained)
     model = get_peft_model(load(checkpoint), config)
     for name, tensor in model.named_parameters():
-        if "lora_B" in name:  # zeros at first, which would change nothing
+        if "lora_B" in name:  # initialized to zeros, which would change nothing
             tensor.data.normal_(0, 0.3)
     model.save_pretrained(folder)
     (folder / "README.md").unlink()

@@ -1,9 +1,9 @@
-"""Writes what transformers computes for Music Flamingo and Audio Flamingo Next.
+"""Records what transformers computes for Music Flamingo and Audio Flamingo Next.
 
-    pip install transformers==5.23.0 peft librosa      only for this; the tests need none of it
+    pip install transformers==5.23.0 peft librosa      only for this; the tests do not need them
     python tests/make_music_goldens.py
 
-The checkpoints are made of tests/micro/ by `checkpoints.write_music_flamingo`; the values go to
+The checkpoints are made from tests/micro/ by `checkpoints.write_music_flamingo`; the values go to
 tests/music_goldens.npz.
 """
 
@@ -65,7 +65,7 @@ def compute_goldens(checkpoint: Path) -> dict[str, Tensor]:
             goldens[f"{name}.frames"] = frames.pooler_output[::59]
             output = model(**batch, labels=labels)
             goldens[f"{name}.logits"] = output.logits[batch["attention_mask"].bool()][::211]
-            if side == "right":  # with left padding, its loss also predicts from padding
+            if side == "right":  # with left padding, its loss includes predictions from padding
                 goldens[f"{name}.loss"] = output.loss
             if side == "left":
                 tokens = batch["input_ids"].shape[1]

@@ -1,6 +1,6 @@
-"""Runs the command line as a user does: in a process, or in a terminal, of its own.
+"""Runs the command line as a user does: in a separate process or terminal.
 
-Nothing here waits for a time. What is waited for is an event, however busy the machine is.
+Nothing here waits for a fixed time, only for events, so the tests also pass on a busy machine.
 """
 
 import os
@@ -15,25 +15,25 @@ from contextlib import suppress
 
 from conftest import ROOT
 
-HANGS = 600  # seconds after which a terminal that shows nothing is taken to hang
+HANGS = 600  # seconds without output after which a terminal is considered hung
 PROGRAM = [sys.executable, "-u", str(ROOT / "generate.py")]
 
 
 def generate(*arguments, **options) -> subprocess.CompletedProcess:
-    """Runs generate.py to its end, with stdout and stderr as text."""
+    """Runs generate.py to its end and captures stdout and stderr as text."""
     command = PROGRAM + [str(argument) for argument in arguments]
     return subprocess.run(command, capture_output=True, text=True, **options)
 
 
 def start_generate(*arguments) -> subprocess.Popen:
-    """Starts generate.py with pipes of bytes."""
+    """Starts generate.py with binary pipes."""
     command = PROGRAM + [str(argument) for argument in arguments]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
 
 
 class Terminal:
-    """generate.py in a terminal of its own."""
+    """Runs generate.py in a pseudo-terminal."""
 
     def __init__(self, *arguments):
         self.main, self.other = pty.openpty()
@@ -52,7 +52,7 @@ class Terminal:
 
 
 def interrupt_until_it_ends(process: subprocess.Popen) -> int:
-    """Ctrl-C, again if the program was not ready for it; returns the exit status."""
+    """Sends Ctrl-C until the program exits, as it may not be ready yet; returns the exit status."""
     while process.poll() is None:
         process.send_signal(signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""The sounds that tests, goldens and benchmarks share. Formulas, so no recording is needed."""
+"""Synthetic sounds for tests, goldens and benchmarks, so that no recordings are needed."""
 
 import wave
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 
 TEXT = "What sound is this? Ünïcode, too."
 
-# Samples of each recording in a batch.
+# The number of samples of each recording in a batch.
 CASES = {
     "shortest": [321],
     "odd": [16080],  # an odd number of conv frames
@@ -18,8 +18,8 @@ CASES = {
     "batch": [80000, 24161, 480001],
 }
 
-# The same for Music Flamingo and Audio Flamingo Next. Where the last window has no audio frame, as
-# with one sample over, transformers mistakes the windows of these models.
+# The same for Music Flamingo and Audio Flamingo Next. If the last window has no audio frame, as in
+# "one_sample_over", transformers misassigns the windows for these models.
 MUSIC_CASES = {
     "five_seconds": [80000],
     "full_window": [480000],
@@ -30,7 +30,7 @@ MUSIC_CASES = {
 
 
 def sound(samples: int, seed: int = 0) -> np.ndarray:
-    """A gliding tone under noise: (samples,) float32 at 16 kHz."""
+    """Returns a gliding tone with noise: (samples,) float32 at 16 kHz."""
     seconds = np.arange(samples) / 16000
     tone = np.sin(2 * np.pi * (300 + 200 * seconds) * seconds) * np.cos(seconds) ** 2
     noise = np.random.default_rng(seed + samples).standard_normal(samples)
@@ -38,7 +38,7 @@ def sound(samples: int, seed: int = 0) -> np.ndarray:
 
 
 def write_wav(path: Path, waveform: np.ndarray) -> Path:
-    """Writes 16 bits, mono, 16 kHz."""
+    """Writes a WAV file: 16 bits, mono, 16 kHz."""
     with wave.open(str(path), "wb") as file:
         file.setparams((1, 2, 16000, 0, "NONE", ""))
         file.writeframes((np.clip(waveform, -1, 1) * 32767).astype("<i2").tobytes())
@@ -50,7 +50,7 @@ def conversation(waveform: np.ndarray, text: str = TEXT) -> list[dict]:
     return [{"role": "user", "content": content}]
 
 
-# A chat whose text the newer models' template gives too.
+# A chat that the newer models' template can also format.
 CHAT = [
     {"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "audio", "path": "a"}]},
     {"role": "assistant", "content": "rain"},

@@ -1,5 +1,5 @@
-"""The network: its numbers are those of transformers, each row of a batch is on its own, and what
-cannot be computed is refused in words."""
+"""The network: it computes the same numbers as transformers, batch rows are independent, and
+invalid input is refused with a clear message."""
 
 import dataclasses
 import threading
@@ -21,7 +21,7 @@ from signals import CASES, TEXT, conversation, sound
 
 from_pretrained = AudioFlamingo3ForConditionalGeneration.from_pretrained
 
-# Each case with padding on the left, and those of several rows also on the right.
+# Each case with left padding; those with several rows also with right padding.
 GOLDEN_RUNS = []
 for case, lengths in CASES.items():
     GOLDEN_RUNS.append(f"{case}.left")
@@ -47,7 +47,7 @@ def new_ids(model, batch, **options):
 
 
 def record_inputs(monkeypatch, module):
-    """A list to which each call of the module adds its arguments."""
+    """Returns a list to which each call of the module appends its arguments."""
     calls = []
     forward = module.forward
 
@@ -113,7 +113,7 @@ def test_logits_are_those_of_transformers(model, processor, goldens, run):
     assert (logits[::29] - expected).abs().max() <= 1e-3 * max(1, expected.abs().max() / 10)
 
 
-# With padding on the left, transformers' loss also predicts first tokens from padding.
+# With left padding, transformers' loss includes first tokens predicted from padding.
 @pytest.mark.parametrize("run", [run for run in GOLDEN_RUNS if run != "batch.left"])
 def test_the_loss_is_that_of_transformers(model, processor, goldens, run):
     loss = model(**run_inputs(processor, run, output_labels=True)).loss
@@ -136,7 +136,7 @@ def test_24_tokens_with_a_repetition_penalty_are_those_of_transformers(
     assert torch.equal(new_ids(model, batch, **options), goldens[f"{case}.left.penalised"])
 
 
-def test_bfloat16_is_about_as_near_to_float32_as_in_transformers(micro, model, processor, goldens):
+def test_bfloat16_is_about_as_close_to_float32_as_in_transformers(micro, model, processor, goldens):
     rounded_model = from_pretrained(micro, "cpu", torch.bfloat16)
     batch = run_inputs(processor, "five_seconds.left")
     exact = model(**batch).logits
@@ -240,7 +240,7 @@ def test_sound_ids_without_features_are_refused(model, processor):
         model.generate(batch["input_ids"], batch["attention_mask"])
 
 
-def test_a_sound_id_that_the_model_generates_is_an_id_like_any_other(model):
+def test_a_generated_sound_id_is_an_ordinary_token(model):
     cache = model.new_cache(rows=1, capacity=8)
     model.prefill(torch.tensor([[1, 2, 3]]), torch.ones(1, 3, dtype=torch.bool), cache=cache)
     logits = model.decode_one_token(torch.tensor([model.config.audio_token_id]), cache)
@@ -295,7 +295,7 @@ def test_a_row_of_nothing_but_padding_is_refused(model):
         model(input_ids, torch.tensor([[1, 1, 1], [0, 0, 0]]))
 
 
-def test_a_masked_token_in_the_middle_is_as_if_it_were_not_there(model):
+def test_a_masked_token_in_the_middle_has_no_effect(model):
     mask = torch.tensor([[True, False, True, True]])
     logits = model(torch.tensor([[1, 9, 2, 3]]), mask).logits
     expected = model(torch.tensor([[1, 2, 3]])).logits
@@ -324,7 +324,7 @@ def test_no_allocation_grows_with_the_square_of_the_length(model, rows):
 # ---- Loss ----
 
 
-def test_labels_of_minus_100_do_not_count(model, processor):
+def test_labels_of_minus_100_are_ignored(model, processor):
     batch = run_inputs(processor, "five_seconds.left", output_labels=True)
     batch["labels"][:, :-3] = -100
     output = model(**batch)
@@ -371,7 +371,7 @@ def test_lm_head_computes_one_position_a_step(model, processor, monkeypatch):
     assert [x.shape for (x,) in calls] == [(3, hidden_size)] * 3
 
 
-def test_a_row_ends_at_its_own_end_id_and_goes_on_with_padding(model, processor, goldens):
+def test_a_row_ends_at_its_own_end_id_and_is_then_padded(model, processor, goldens):
     batch = run_inputs(processor, "batch.left")
     without_end = goldens["batch.left.greedy"]
     end_id = int(without_end[0, 2])
@@ -457,7 +457,7 @@ def test_a_cache_too_small_for_the_turn_is_refused(model, processor):
         ("repetition_penalty", -1.0),
     ],
 )
-def test_an_option_out_of_range_is_refused_by_name(option, value):
+def test_an_option_out_of_range_is_reported(option, value):
     with pytest.raises(ValueError, match=f"^{option} is "):
         GenerationConfig(**{option: value})
 
@@ -466,7 +466,7 @@ def test_an_option_out_of_range_is_refused_by_name(option, value):
 
 
 def draw_frequencies(logits, **options):
-    """How often each id is drawn, of 4000 draws."""
+    """Returns the relative frequency of each id in 4000 draws."""
     torch.manual_seed(0)
     rows = torch.tensor([logits]).expand(4000, -1)
     seen = torch.zeros_like(rows, dtype=torch.bool)
@@ -491,14 +491,14 @@ def test_top_k_keeps_the_k_likeliest():
     assert drawn_ids([0.3, 0.1, 0.5, 0.1], top_k=2) == [0, 2]
 
 
-def test_top_p_keeps_the_fewest_that_hold_p_of_the_probability():
+def test_top_p_keeps_the_fewest_tokens_whose_probability_reaches_p():
     probabilities = [0.5, 0.3, 0.15, 0.05]
     assert drawn_ids(probabilities, top_p=0.45) == [0]
     assert drawn_ids(probabilities, top_p=0.7) == [0, 1]
 
 
-def test_top_p_is_a_part_of_what_top_k_has_left_at_the_temperature():
-    probabilities = [0.4, 0.3, 0.2, 0.1]  # of the first two, the first holds 0.4 / 0.7
+def test_top_p_applies_after_temperature_and_top_k():
+    probabilities = [0.4, 0.3, 0.2, 0.1]  # after top-k, the first has 0.4 / 0.7
     assert drawn_ids(probabilities, top_k=2, top_p=0.55) == [0]
     assert drawn_ids(probabilities, top_k=2, top_p=0.55, temperature=5.0) == [0, 1]
 
@@ -554,7 +554,7 @@ def test_the_published_processor_example_runs(micro, processor, dtype):
     assert "ambience" not in answers[1]
 
 
-def test_features_may_have_their_mask_under_the_name_of_transformers(model, processor):
+def test_the_feature_mask_may_have_its_name_in_transformers(model, processor):
     batch = processor("Hi", sound(4000))
     expected = new_ids(model, batch, max_new_tokens=4)
     logits = model(**batch).logits
@@ -580,7 +580,7 @@ def test_torch_dtype_is_another_name_for_dtype(micro):
     assert from_pretrained(micro, "cpu", torch_dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_a_decoder_of_other_head_counts_is_built_from_its_configuration():
+def test_a_decoder_with_other_head_counts_is_built_from_its_configuration():
     text_config = Qwen2Config(
         vocab_size=9,
         hidden_size=32,

@@ -1,5 +1,5 @@
-"""Checkpoints from strangers: each fault is refused in one line that names the file, and the field
-or tensor where there is one. Nothing in a checkpoint is executed."""
+"""Untrusted checkpoints: each fault is refused in one line that contains the file and, if there is
+one, the field or tensor. Nothing in a checkpoint is executed."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from signals import sound
 
 
 def refusal(folder) -> str:
-    """The error of loading the checkpoint and asking it, which must be one line."""
+    """Returns the error of loading the checkpoint and asking a question; it must be one line."""
     with pytest.raises((ValueError, OSError)) as caught:
         model = AudioFlamingo3ForConditionalGeneration.from_pretrained(folder)
         processor = AudioFlamingo3Processor.from_pretrained(folder)
@@ -42,7 +42,7 @@ def refusal(folder) -> str:
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[]", b"7", b"null", b"\xff\xfe", b'{"a": 1}]', b"[" * 100]
 )
-def test_a_file_that_holds_no_json_object_is_named(spoiled, file, content):
+def test_a_file_that_does_not_contain_a_json_object_is_reported(spoiled, file, content):
     (spoiled / file).write_bytes(content)
     assert file in refusal(spoiled)
 
@@ -57,7 +57,7 @@ TEXT_SIZES = ["vocab_size", "num_key_value_heads", "rms_norm_eps", "max_position
     [("audio_config", field) for field in AUDIO_SIZES]
     + [("text_config", field) for field in TEXT_SIZES],
 )
-def test_a_value_that_cannot_be_a_size_is_named_with_its_file(spoiled, section, field, value):
+def test_an_invalid_size_is_reported_with_its_field_and_file(spoiled, section, field, value):
     change_section(spoiled / "config.json", section, **{field: value})
     message = refusal(spoiled)
     assert "config.json" in message
@@ -75,7 +75,7 @@ def test_a_value_that_cannot_be_a_size_is_named_with_its_file(spoiled, section, 
         ("text_config", "rope_parameters", "x", "config.json"),
     ],
 )
-def test_a_section_that_asks_for_another_network_is_named(spoiled, section, field, value, named):
+def test_a_section_of_another_network_is_reported(spoiled, section, field, value, named):
     change_section(spoiled / "config.json", section, **{field: value})
     message = refusal(spoiled)
     assert "config.json" in message
@@ -104,7 +104,7 @@ def test_a_section_that_asks_for_another_network_is_named(spoiled, section, fiel
         ("tokenizer.json", {"pre_tokenizer": None}, "tokenizer.json"),
     ],
 )
-def test_a_field_of_the_wrong_kind_is_named(spoiled, file, fields, named):
+def test_a_field_of_the_wrong_type_is_reported(spoiled, file, fields, named):
     change_json(spoiled / file, **fields)
     assert named in refusal(spoiled)
 
@@ -118,7 +118,7 @@ def test_merges_out_of_order_or_missing_are_refused(spoiled, merges):
     assert "tokenizer.json" in refusal(spoiled)
 
 
-def test_a_tokenizer_of_a_million_more_tokens_is_refused(spoiled):
+def test_a_tokenizer_with_a_million_additional_tokens_is_refused(spoiled):
     path = spoiled / "tokenizer.json"
     vocabulary = read_json(path)["model"]["vocab"]
     for number in range(10**6):
@@ -166,19 +166,19 @@ def test_token_ids_with_a_gap_or_used_twice_are_refused(spoiled, token, token_id
         {"a": "x\\y.safetensors"},
     ],
 )
-def test_an_index_may_name_only_safetensors_files_beside_it(spoiled, weight_map):
+def test_an_index_may_refer_only_to_safetensors_files_in_its_directory(spoiled, weight_map):
     write_sharded(spoiled)
     change_json(spoiled / "model.safetensors.index.json", weight_map=weight_map)
     assert "model.safetensors.index.json" in refusal(spoiled)
 
 
 def split_safetensors(content: bytes) -> tuple[dict, bytes]:
-    """The table at the beginning of a safetensors file, and the values of its tensors."""
+    """Returns the header of a safetensors file and the bytes of its tensors."""
     (table_size,) = struct.unpack("<Q", content[:8])
     return json.loads(content[8 : 8 + table_size]), content[8 + table_size :]
 
 
-def test_a_truncated_safetensors_file_is_named(spoiled):
+def test_a_truncated_safetensors_file_is_reported(spoiled):
     path = spoiled / "model.safetensors"
     whole = path.read_bytes()
     (table_size,) = struct.unpack("<Q", whole[:8])
@@ -188,7 +188,7 @@ def test_a_truncated_safetensors_file_is_named(spoiled):
         assert "model.safetensors" in refusal(spoiled)
 
 
-def test_a_safetensors_file_with_a_false_size_of_its_table_is_named(spoiled):
+def test_a_safetensors_file_with_a_wrong_header_size_is_reported(spoiled):
     path = spoiled / "model.safetensors"
     whole = path.read_bytes()
     (table_size,) = struct.unpack("<Q", whole[:8])
@@ -202,7 +202,7 @@ def test_a_safetensors_file_with_a_false_size_of_its_table_is_named(spoiled):
     [{"dtype": "F7"}, {"shape": [-1]}, {"data_offsets": "first"}, {"data_offsets": [5, 1]}],
     ids=str,
 )
-def test_a_safetensors_file_with_a_false_entry_is_named(spoiled, fields):
+def test_a_safetensors_file_with_an_invalid_entry_is_reported(spoiled, fields):
     path = spoiled / "model.safetensors"
     table, values = split_safetensors(path.read_bytes())
     first, second = [name for name in table if name != "__metadata__"][:2]
@@ -226,7 +226,7 @@ def test_missing_weights_a_directory_and_a_link_to_itself_are_refused(spoiled):
 
 
 class Bomb:
-    """Makes a directory when it is unpickled."""
+    """Creates a directory when it is unpickled."""
 
     def __init__(self, directory):
         self.directory = directory
@@ -243,13 +243,13 @@ def test_a_pickle_in_place_of_the_weights_is_refused_and_not_executed(spoiled):
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
-def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(spoiled, name):
+def test_a_pipe_in_place_of_a_file_is_refused_without_waiting(spoiled, name):
     (spoiled / name).unlink()
     os.mkfifo(spoiled / name)
     assert name in refusal(spoiled)
 
 
-def test_a_tensor_that_is_not_finite_is_named_when_it_is_first_used(spoiled):
+def test_a_tensor_that_is_not_finite_is_reported_when_it_is_first_used(spoiled):
     name = "language_model.model.layers.1.mlp.up_proj.weight"
 
     def spoil(tensors):

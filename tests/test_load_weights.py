@@ -1,4 +1,4 @@
-"""A checkpoint directory becomes a model: layouts, names, the hub cache, and faults in words."""
+"""Loading a checkpoint directory: layouts, names, the hub cache, and error messages."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def test_shards_are_read_through_their_index(spoiled, model):
         assert torch.equal(tensors[name], tensor)
 
 
-def test_weights_saved_beside_older_shards_are_warned_about(spoiled):
+def test_weights_saved_next_to_older_shards_cause_a_warning(spoiled):
     single = (spoiled / "model.safetensors").read_bytes()
     write_sharded(spoiled)
     for shard in spoiled.glob("model-*.safetensors"):
@@ -49,13 +49,13 @@ def test_weights_saved_beside_older_shards_are_warned_about(spoiled):
         from_pretrained(spoiled, "cpu")
 
 
-def test_a_directory_that_is_no_checkpoint_is_refused_as_one(tmp_path):
+def test_a_directory_that_is_not_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no config.json inside; a checkpoint is expected"):
         from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["tinyy", "./tiny/x", "/tinyy", ""])
-def test_a_path_that_is_no_directory_is_refused_without_advice_to_download(name):
+def test_a_path_that_is_not_a_directory_is_refused_without_a_download_command(name):
     with pytest.raises(FileNotFoundError, match="no such directory; a checkpoint is") as error:
         find_checkpoint(name)
     assert "hf download" not in str(error.value)
@@ -127,7 +127,7 @@ def test_the_rotary_base_is_read_in_both_spellings(spoiled, spelling):
     assert read_text_config(spoiled)["rope_theta"] == 5e5
 
 
-def test_a_missing_rotary_base_is_that_of_transformers(spoiled):
+def test_a_missing_rotary_base_has_the_default_of_transformers(spoiled):
     change_section(spoiled / "config.json", "text_config", rope_parameters=None)
     assert read_text_config(spoiled)["rope_theta"] == 10000
 
@@ -160,7 +160,7 @@ def test_a_named_token_may_be_an_object(spoiled):
 
 @pytest.fixture
 def hub_cache(micro, tmp_path):
-    """A cache with one model, whose snapshot is made of symbolic links, as `hf` makes it."""
+    """A cache like that of `hf`: one model, whose snapshot consists of symbolic links."""
     model = tmp_path / "hub" / "models--nvidia--audio-flamingo-3-hf"
     snapshot = model / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
@@ -184,9 +184,7 @@ def test_a_hub_name_is_found_in_the_local_cache(hub_cache, monkeypatch, variable
     assert from_pretrained(name, "cpu").dtype == torch.float32
 
 
-def test_a_model_that_is_not_there_is_refused_with_the_command_that_downloads_it(
-    tmp_path, monkeypatch
-):
+def test_a_missing_model_is_refused_with_the_command_that_downloads_it(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(FileNotFoundError) as error:
         from_pretrained("nvidia/audio-flamingo-3-hf")
@@ -197,7 +195,7 @@ def test_a_model_that_is_not_there_is_refused_with_the_command_that_downloads_it
 # ---- Faults ----
 
 
-def test_every_missing_unexpected_and_misshapen_tensor_is_named(spoiled):
+def test_every_missing_unexpected_and_misshapen_tensor_is_reported(spoiled):
     def spoil(tensors):
         tensors["audio_tower.layers.9.fc1.bias"] = torch.zeros(3)
         del tensors["language_model.model.norm.weight"]
@@ -216,7 +214,7 @@ def test_every_missing_unexpected_and_misshapen_tensor_is_named(spoiled):
     assert "[48]" in message
 
 
-def test_integer_tensors_are_refused_by_name(spoiled):
+def test_integer_tensors_are_reported(spoiled):
     def spoil(tensors):
         tensors["audio_tower.layer_norm.bias"] = torch.zeros(32, dtype=torch.int8)
 
@@ -225,7 +223,7 @@ def test_integer_tensors_are_refused_by_name(spoiled):
         from_pretrained(spoiled)
 
 
-def test_a_truncated_shard_is_named(spoiled):
+def test_a_truncated_shard_is_reported(spoiled):
     write_sharded(spoiled)
     shard = spoiled / "model-00002-of-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1000])
@@ -233,7 +231,7 @@ def test_a_truncated_shard_is_named(spoiled):
         from_pretrained(spoiled)
 
 
-def test_a_missing_shard_is_named(spoiled):
+def test_a_missing_shard_is_reported(spoiled):
     write_sharded(spoiled)
     (spoiled / "model-00002-of-00002.safetensors").unlink()
     message = r"model-00002-of-00002\.safetensors: no such file"
@@ -250,7 +248,7 @@ def test_a_tokenizer_without_the_sound_token_is_refused(spoiled):
         AudioFlamingo3Processor.from_pretrained(spoiled)
 
 
-def test_a_vocabulary_that_is_not_the_tokenizers_is_refused_with_both_sizes(spoiled):
+def test_a_vocabulary_size_unlike_the_tokenizers_is_refused_with_both_sizes(spoiled):
     tokenizer = read_json(spoiled / "tokenizer.json")
     change_json(spoiled / "tokenizer.json", added_tokens=tokenizer["added_tokens"][:-1])
     size = len(tokenizer["model"]["vocab"]) + len(tokenizer["added_tokens"])
@@ -271,16 +269,14 @@ def test_a_vocabulary_that_is_not_the_tokenizers_is_refused_with_both_sizes(spoi
         ("audio_config", "num_attention_heads", 5, "hidden_size"),
     ],
 )
-def test_a_configuration_of_another_network_is_refused_by_field(
-    spoiled, section, field, value, named
-):
+def test_a_field_that_configures_another_network_is_reported(spoiled, section, field, value, named):
     change_section(spoiled / "config.json", section, **{field: value})
     with pytest.raises(ValueError, match=rf"config\.json: {named}"):
         from_pretrained(spoiled)
 
 
 @pytest.mark.parametrize("content", ["[1, 2]", "not json", json.dumps({"model_type": "voxtral"})])
-def test_a_config_that_is_none_of_this_model_is_refused(spoiled, content):
+def test_a_config_of_another_model_is_refused(spoiled, content):
     (spoiled / "config.json").write_text(content)
     with pytest.raises(ValueError, match=r"config\.json: "):
         from_pretrained(spoiled)

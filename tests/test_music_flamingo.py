@@ -1,5 +1,5 @@
-"""Music Flamingo and Audio Flamingo Next: the numbers of transformers, and where transformers is
-wrong, what is right."""
+"""Music Flamingo and Audio Flamingo Next: the numbers of transformers, or the correct ones where
+transformers is wrong."""
 
 import math
 import shutil
@@ -42,7 +42,7 @@ def music_processor(music_flamingo):
 
 @pytest.fixture(scope="module")
 def music_goldens(music_flamingo):
-    """What transformers computes, written by make_music_goldens.py."""
+    """The outputs of transformers, recorded by make_music_goldens.py."""
     goldens = {}
     for name, array in np.load(TESTS / "music_goldens.npz").items():
         family, _, name = name.partition(".")
@@ -53,7 +53,7 @@ def music_goldens(music_flamingo):
 
 @pytest.fixture
 def changeable(music_flamingo, tmp_path):
-    """A copy of a checkpoint that a test may change."""
+    """A copy of a checkpoint that a test may modify."""
     return shutil.copytree(music_flamingo, tmp_path / "checkpoint")
 
 
@@ -113,7 +113,7 @@ def test_greedy_tokens_are_those_of_transformers(music_model, music_processor, m
     assert torch.equal(new_ids(music_model, batch, **options), music_goldens[f"{run}.penalised"])
 
 
-def test_bfloat16_is_about_as_near_to_float32_as_in_transformers(
+def test_bfloat16_is_about_as_close_to_float32_as_in_transformers(
     music_flamingo, music_model, music_processor, music_goldens
 ):
     rounded_model = from_pretrained(music_flamingo, "cpu", torch.bfloat16)
@@ -176,9 +176,9 @@ def test_each_recording_has_its_own_windows(music_processor):
     assert batch["window_index"].tolist() == [0, 1, 2, 0, 0, 1]
 
 
-# transformers finds the windows of a recording in the runs of <sound> ids, and loses its way here:
-# the last window has one mel frame and no <sound> id.
-def test_a_last_window_without_audio_frames_moves_nothing(music_model, music_processor):
+# transformers derives the windows of a recording from the runs of <sound> ids. That fails here,
+# because the last window has one mel frame and no <sound> id.
+def test_a_last_window_without_audio_frames_changes_nothing(music_model, music_processor):
     just_over = sound(480160)
     following = sound(560000)
     batch = music_processor(["a", "b"], [just_over, following])
@@ -218,7 +218,7 @@ def test_features_without_window_index_are_refused(music_model, music_processor)
 # ---- Words ----
 
 
-def test_a_recording_stands_between_its_borders(music_processor):
+def test_a_recording_is_between_its_borders(music_processor):
     begin_id, end_id = music_processor.border_ids
     sound_id = music_processor.audio_token_id
     ids = music_processor("Hi", sound(490000))["input_ids"][0].tolist()
@@ -257,7 +257,7 @@ def test_without_a_template_the_system_message_is_the_usual_one(changeable):
     assert text.startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n")
 
 
-def test_a_system_message_may_stand_in_a_string_of_the_template(changeable):
+def test_a_system_message_may_be_in_a_string_of_the_template(changeable):
     template = "{{- '<|im_start|>system\\nBe brief.<|im_end|>\\n' }}"
     (changeable / "chat_template.jinja").write_text(template)
     processor = AudioFlamingo3Processor.from_pretrained(changeable)
@@ -300,7 +300,7 @@ def test_a_tokenizer_without_the_borders_is_refused(changeable):
         ({"audio_frame_step": "x"}, "audio_frame_step is 'x'"),
     ],
 )
-def test_another_rotary_time_is_refused_by_field(changeable, fields, message):
+def test_a_field_of_another_rotary_time_is_reported(changeable, fields, message):
     path = changeable / "config.json"
     change_json(path, rope_parameters={"rope_type": "default", "rope_theta": 1200.0} | fields)
     with pytest.raises(ValueError, match=message):
@@ -310,7 +310,7 @@ def test_another_rotary_time_is_refused_by_field(changeable, fields, message):
 # ---- Ways of use ----
 
 
-def test_the_names_of_transformers_are_other_names_of_the_same():
+def test_the_names_of_transformers_are_aliases():
     assert MusicFlamingoForConditionalGeneration is AudioFlamingo3ForConditionalGeneration
     assert MusicFlamingoProcessor is AudioFlamingo3Processor
 
@@ -318,7 +318,7 @@ def test_the_names_of_transformers_are_other_names_of_the_same():
 @pytest.mark.parametrize(
     "flags", [[], ["--explain"], ["--timestamps"], ["--int8"], ["--batch-size", "2"]]
 )
-def test_the_command_line_takes_it(run, music_flamingo, tmp_path, flags):
+def test_the_command_line_supports_it(run, music_flamingo, tmp_path, flags):
     path = write_wav(tmp_path / "a.wav", sound(490000))
     arguments = [path, "What?", "--max-new-tokens", "3", *flags]
     status, output, errors = run(*arguments, model=music_flamingo)
@@ -344,7 +344,7 @@ def test_no_allocation_grows_with_the_square_of_the_windows(music_model, music_p
 def test_a_saved_model_is_read_again_with_its_rotary_time(music_model, music_flamingo, tmp_path):
     folder = tmp_path / "saved"
     source_config = music_model.source_config
-    music_model.source_config = {}  # as of a model that was never read from the hub layout
+    music_model.source_config = {}  # as in a model that was not loaded from the hub layout
     music_model.save_pretrained(folder)
     music_model.source_config = source_config
     AudioFlamingo3Processor.from_pretrained(music_flamingo).save_pretrained(folder)

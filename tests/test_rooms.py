@@ -1,4 +1,4 @@
-"""The rooms of the house: which file may import which, so that a reader may skip the rest."""
+"""Which file may import which, so that a reader can skip the rest."""
 
 import ast
 import sys
@@ -7,7 +7,7 @@ import pytest
 
 from conftest import ROOT
 
-# What each file, or each file of a folder, may import of the project.
+# What each file, or each file in a folder, may import from the project.
 ROOMS = {
     "af3.py": {"load_weights", "plumbing"},
     "processor.py": {"af3", "load_weights", "plumbing"},
@@ -16,7 +16,7 @@ ROOMS = {
     "plumbing": set(),
     "extras": {"af3", "processor", "load_weights", "plumbing", "extras"},
 }
-# The extras that use another one.
+# The extras that use other extras.
 USES = {
     "answer_lines": {"many_recordings", "parallel"},
     "explain": {"alignment", "stage_trace"},
@@ -37,7 +37,7 @@ def files_of(room):
 
 
 def imported_modules(tree):
-    """The first part of the name of everything that a piece of code imports."""
+    """Returns the top-level name of every import in a piece of code."""
     modules = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -68,7 +68,7 @@ def test_no_other_packages_than_the_four_are_imported(room):
 
 
 def test_af3_needs_no_checkpoint_to_be_imported():
-    """It imports load_weights inside from_pretrained only."""
+    """It imports load_weights only inside from_pretrained."""
     top_level = [node for node in parse(ROOT / "af3.py").body if not isinstance(node, ast.ClassDef)]
     modules = imported_modules(ast.Module(body=top_level, type_ignores=[]))
     assert "load_weights" not in modules
@@ -90,7 +90,7 @@ def test_generate_imports_extras_only_where_a_flag_asks_for_them():
 
 
 def project_imports(path):
-    """The modules of the project that a file imports, by their full names."""
+    """Returns the full names of the project's modules that a file imports."""
     modules = set()
     for node in ast.walk(parse(path)):
         if isinstance(node, ast.ImportFrom):

@@ -1,4 +1,4 @@
-"""WAV files of every kind, with any header."""
+"""Makes WAV files of every format."""
 
 import struct
 
@@ -11,7 +11,7 @@ EXTENSIBLE_SUFFIX = bytes.fromhex("000000001000800000aa00389b71")
 
 
 def encode_samples(samples: np.ndarray, code: int, bits: int) -> bytes:
-    """The bytes of float samples (n, channels) in [-1, 1]."""
+    """Encodes float samples (n, channels) in [-1, 1]."""
     if code == FLOAT:
         return samples.astype(f"<f{bits // 8}").tobytes()
     integers = np.round(samples * (2 ** (bits - 1) - 1)).astype("<i4")
@@ -29,7 +29,7 @@ def wav_bytes(
     bits: int = 16,
     extensible: bool = False,
 ) -> bytes:
-    """A WAV file of float samples (n, channels) in [-1, 1], with a chunk that readers must skip."""
+    """Returns a WAV file of float samples (n, channels) in [-1, 1], with a chunk to be skipped."""
     channels = samples.shape[1]
     frame_bytes = channels * bits // 8
     header_code = EXTENSIBLE if extensible else code
