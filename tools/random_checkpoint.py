@@ -4,7 +4,7 @@
     python tools/random_checkpoint.py WORDS FULL           16.5 GB in bfloat16
     python tools/random_checkpoint.py WORDS SMALL --small  0.25 GB in float32
 
-WORDS is a checkpoint directory in the hub layout. Only its configuration and its tokenizer are used.
+WORDS is a checkpoint directory in the hub layout. Only its configuration and tokenizer are used.
 For an Audio Flamingo Next, download these files from nvidia/audio-flamingo-next-hf.
 """
 
