@@ -1,18 +1,17 @@
-"""Where in the sound each word of an answer comes from: its attention to the audio frames.
+"""Word timestamps: finds the part of the recording that each word of an answer attends to.
 
     ids = model.generate(**inputs)
     new_ids = ids[0, inputs["input_ids"].shape[1] :]
     for word in align(processor, model, inputs, new_ids).words:
         print(word.begin, word.end, word.text, word.probability)
 
-The answer is read once more, together with its prompt. Some attention heads look, whenever a word
-is about to be said, at the part of the recording where it was spoken. Which heads do so is not
-written anywhere. But it shows: such a head looks at one place for each word, and at later places
-for later words. With the best of them, each audio frame is given to one word, in order; this is
-dynamic time warping, as Whisper's word timestamps have it.
+Prompt and answer are passed through the model once more. When the next token begins a word, some
+attention heads attend to the part of the recording where that word is spoken. No list says which
+heads these are, but they can be recognized: such a head attends to one place for each word, and to
+later places for later words. The best heads then assign each audio frame to one word, in order, by
+dynamic time warping, as in Whisper's word timestamps.
 
-This is attention, not truth. An answer that is no transcription has attention too, and its words
-are given times in the same way.
+Attention is a hint, not proof: the words of an answer that is not a transcription also get times.
 """
 
 import math
@@ -35,15 +34,15 @@ from plumbing import terminal
 from processor import HOP_LENGTH, SAMPLE_RATE, AudioFlamingo3Processor, Batch
 
 FRAME_SECONDS = 4 * HOP_LENGTH / SAMPLE_RATE  # an audio frame is four mel frames: 40 ms
-KEPT_HEADS = 16  # of which the attention is kept; an official checkpoint has 784
+KEPT_HEADS = 16  # heads whose attention is kept; an official checkpoint has 784
 NUM_CANDIDATES = 5  # for each token
-FOLLOWS = 0.5  # the best head's score in an answer that follows the sound word by word
+FOLLOWS = 0.5  # the best head's minimum score in an answer that follows the sound word by word
 UNCLEAR = "no attention head points at a place for each word: some or all times mean little"
 
 
 @dataclass
 class Token:
-    """A token of the answer, and the likeliest ones in its place, each with its probability."""
+    """A token of the answer, and the likeliest candidates for its position, with probabilities."""
 
     text: str
     probability: float
@@ -52,10 +51,10 @@ class Token:
 
 @dataclass
 class Word:
-    """A word of the answer. Its probability is the product of its tokens'."""
+    """A word of the answer. Its probability is the product of its tokens' probabilities."""
 
     text: str
-    tokens: list[int]  # their places in the answer
+    tokens: list[int]  # their positions in the answer
     probability: float
     begin: float  # in seconds
     end: float
@@ -63,7 +62,7 @@ class Word:
 
 @dataclass
 class Head:
-    """An attention head, both numbers counted from 0."""
+    """An attention head. `layer` and `head` are counted from 0."""
 
     layer: int
     head: int
@@ -76,12 +75,12 @@ class Alignment:
     words: list[Word]
     tokens: list[Token]
     heads: list[Head]  # the best ones, best first
-    attention: Tensor  # (new tokens, audio frames): the mean of the heads that gave the times
-    num_averaged: int  # how many those are
+    attention: Tensor  # (new tokens, audio frames): the mean of the heads used for the times
+    num_averaged: int  # how many heads that is
 
     @property
     def follows_sound(self) -> bool:
-        """Whether a head points at a place for each word, as in a transcription."""
+        """Whether some head points at a place for each word, as in a transcription."""
         return self.heads[0].score >= FOLLOWS
 
 
@@ -92,9 +91,9 @@ def align(
     inputs: Batch,
     new_ids: Tensor,
 ) -> Alignment:
-    """The words of an answer (new tokens,) to one prompt with one recording.
+    """Aligns an answer (new tokens,) to one prompt with the prompt's one recording.
 
-    Probabilities are the model's own, before a temperature or a repetition penalty.
+    Probabilities are the model's own, before temperature and repetition penalty.
     """
     inputs = inputs.to(model.device)
     new_ids = torch.as_tensor(new_ids, device=model.device)
@@ -116,7 +115,7 @@ def align(
 
 
 def as_fields(words: list[Word]) -> list[dict]:
-    """The words as JSON has them, with times in seconds."""
+    """The words as JSON objects, with times in seconds."""
     described = []
     for word in words:
         begin = round(word.begin, 2)
@@ -129,9 +128,9 @@ def as_fields(words: list[Word]) -> list[dict]:
 
 
 def print_words(alignment: Alignment) -> None:
-    """A line for each word: begin and end in seconds, its probability, the word.
+    """Prints a line for each word: begin and end in seconds, probability, text.
 
-    Warns where the answer does not follow the sound.
+    Warns if the answer does not follow the sound.
     """
     for word in alignment.words:
         text = terminal.printable(word.text)
@@ -144,14 +143,14 @@ def print_words(alignment: Alignment) -> None:
 
 
 def split_into_words(processor: AudioFlamingo3Processor, ids: list[int]) -> list[list[int]]:
-    """The places of each word's tokens in ids. A word begins with a space.
+    """The positions in ids of each word's tokens. A word begins with a space.
 
-    Punctuation belongs to the word before it, and tokens such as <|im_end|> to none.
-    A text without spaces is one word.
+    Punctuation belongs to the preceding word. Special tokens, for example <|im_end|>, belong to no
+    word. A text without spaces is one word.
     """
     tokenizer = processor.tokenizer
     words = []
-    text = b""  # of the last word
+    text = b""  # the last word so far
     for place, token_id in enumerate(ids):
         if token_id in tokenizer.special_ids:
             text = b""
@@ -168,7 +167,7 @@ def split_into_words(processor: AudioFlamingo3Processor, ids: list[int]) -> list
 def describe_tokens(
     processor: AudioFlamingo3Processor, new_ids: Tensor, probabilities: Tensor
 ) -> list[Token]:
-    """probabilities: (new tokens, V), from which each token was chosen."""
+    """probabilities: (new tokens, V), the distributions that the tokens were chosen from."""
     likeliest, candidate_ids = probabilities.topk(NUM_CANDIDATES)
     tokens = []
     for place, token_id in enumerate(new_ids.tolist()):
@@ -189,10 +188,10 @@ def read_again(
     new_ids: Tensor,
     first_tokens: list[int],
 ) -> tuple[Tensor, list[Head]]:
-    """The probabilities (new tokens, V) from which new_ids were chosen; the best heads.
+    """The probabilities (new tokens, V) that new_ids were chosen from, and the best heads.
 
-    One layer's attention is held at a time, and that of the best heads so far. first_tokens are
-    the places of those new tokens by which the heads are ranked.
+    Only one layer's attention, and that of the best heads so far, is in memory at a time. Heads are
+    scored by the new tokens at the positions first_tokens.
     """
     audio_frames = model.get_audio_features(
         inputs["input_features"], inputs["feature_attention_mask"], inputs.get("window_index")
@@ -238,9 +237,9 @@ def hooks_on_attention(model: AudioFlamingo3ForConditionalGeneration, call):
 def attention_weights(
     attention: Qwen2Attention, x: Tensor, cos: Tensor, sin: Tensor, rows: int
 ) -> Tensor:
-    """(heads, rows, T) float32: how the last positions of x (1, T, H) look at all; sums are 1.
+    """(heads, rows, T) float32: attention weights of the last `rows` positions of x (1, T, H).
 
-    `F.scaled_dot_product_attention`, which the layer calls, keeps these numbers to itself.
+    `F.scaled_dot_product_attention`, which the layer calls, does not return them.
     """
     head_dim = attention.head_dim
     q = split_heads(attention.q_proj(x[:, -rows:]), head_dim)  # (1, query heads, rows, D)
@@ -257,16 +256,16 @@ def attention_weights(
 # ---- Heads ----
 
 CONCENTRATED_WITHIN = 5  # audio frames to either side of the largest weight: 0.2 s
-NEARLY_BEST = 0.95  # of the best head's score: such a head takes part in the average
+NEARLY_BEST = 0.95  # of the best head's score: heads above this are averaged
 MOST_AVERAGED = 4
 
 
 def head_score(attention: Tensor) -> float:
     """How well a head's attention (words, audio frames) points at a place for each word: 0 to 1.
 
-    It is the product of two means, for which no labels are needed:
-    concentrated: of a word's attention, the share within 0.2 s of its largest weight;
-    monotonic: of all pairs of words, the share of which the later one has it at a later frame.
+    The score needs no labels. It is the product of two shares:
+    concentrated: the mean share of a word's attention within 0.2 s of its largest weight;
+    monotonic: the share of word pairs in which the later word peaks at a later frame.
     """
     words, frames = attention.shape
     if words == 0:
@@ -282,31 +281,31 @@ def head_score(attention: Tensor) -> float:
 
 
 def best_heads(heads: list[Head]) -> list[Head]:
-    """The best of heads, which are in order, and those that are nearly as good; four at most."""
+    """The best of `heads`, which are sorted, and those nearly as good; at most four."""
     nearly_best = [head for head in heads if head.score >= NEARLY_BEST * heads[0].score]
     return nearly_best[:MOST_AVERAGED]
 
 
 # ---- Times ----
 
-SMOOTHING = 2.0  # audio frames: the standard deviation of the bell that attention is smoothed by
-FLOOR = 1e-4  # below this share of a word's attention, a frame may as well be another word's
-QUIET = 30.0  # dB below the loudest frame of a word: at its ends, this is silence
+SMOOTHING = 2.0  # audio frames: the standard deviation of the Gaussian that smooths attention
+FLOOR = 1e-4  # much smaller shares of a word's attention count as zero
+QUIET = 30.0  # dB below a word's loudest frame: frames this quiet at its ends are silence
 
 
 def word_spans(attention: np.ndarray, decibels: np.ndarray) -> list[tuple[float, float]]:
     """Begin and end of each word in seconds, from attention (words, audio frames).
 
-    Each frame goes to one word. A pause between two words would be shared by both; so quiet frames
-    at either end of a word are taken off. decibels: (audio frames,)
+    Each frame is assigned to one word. Two words would divide the pause between them, so quiet
+    frames at either end of a word are trimmed. decibels: (audio frames,)
     """
     words, frames = attention.shape
     if words == 0:
         return []
-    # Where there are more words than frames, several words share one.
+    # If there are more words than frames, several words share a frame.
     parts = math.ceil(words / frames)
     scores = np.log(smooth(normalize(attention)) + FLOOR)
-    # A frame at which no word looks goes to the one that looks nearby.
+    # A frame that no word attends to goes to the word that attends nearest to it.
     distance = np.abs(np.arange(frames) - attention.argmax(1)[:, None])
     scores -= 0.001 * distance
     word_of_frame = monotonic_path(scores.repeat(parts, axis=1))
@@ -322,48 +321,48 @@ def word_spans(attention: np.ndarray, decibels: np.ndarray) -> list[tuple[float,
 
 
 def normalize(attention: np.ndarray) -> np.ndarray:
-    """Rows of sum 1: some words look more at the prompt than at the sound."""
+    """Makes each row sum to 1: some words attend more to the prompt than to the sound."""
     return attention / np.maximum(attention.sum(1, keepdims=True), 1e-20)
 
 
 def smooth(rows: np.ndarray) -> np.ndarray:
-    """Each row convolved with a bell: a head looks at the middle of a word, not at all of it."""
+    """Convolves rows with a Gaussian: heads attend to the middle of a word, not to all of it."""
     reach = int(3 * SMOOTHING)
-    bell = np.exp(-0.5 * (np.arange(-reach, reach + 1) / SMOOTHING) ** 2)
-    bell /= bell.sum()
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / SMOOTHING) ** 2)
+    kernel /= kernel.sum()
     frames = rows.shape[1]
-    return np.stack([np.convolve(row, bell)[reach : reach + frames] for row in rows])
+    return np.stack([np.convolve(row, kernel)[reach : reach + frames] for row in rows])
 
 
 def monotonic_path(scores: np.ndarray) -> np.ndarray:
-    """The row for each column of scores (rows, columns) that gives the largest sum.
+    """The path, a row for each column, with the largest sum of scores (rows, columns).
 
-    It starts at the first row, ends at the last, and from a column to the next it stays or goes on
-    by one: so every row has a column, and there must be no fewer columns than rows.
+    It starts at the first row, ends at the last, and from one column to the next stays in its row
+    or advances by one. So it visits every row; there must be at least as many columns as rows.
     """
     rows, columns = scores.shape
-    total = np.full(rows, -np.inf)  # the largest sum that ends at this row, up to this column
+    total = np.full(rows, -np.inf)  # the largest sum of a path that ends at this row
     total[0] = scores[0, 0]
-    goes_on = np.zeros((columns, rows), dtype=bool)  # whether the best way came from the row before
+    advances = np.zeros((columns, rows), dtype=bool)  # whether the best path moved down a row
     for column in range(1, columns):
         from_row_before = np.concatenate([[-np.inf], total[:-1]])
-        goes_on[column] = from_row_before > total
+        advances[column] = from_row_before > total
         total = np.maximum(total, from_row_before) + scores[:, column]
 
     path = np.empty(columns, dtype=int)
     row = rows - 1
     for column in reversed(range(columns)):
         path[column] = row
-        row -= int(goes_on[column, row])
+        row -= int(advances[column, row])
     return path
 
 
 def loudness(input_features: Tensor, feature_attention_mask: Tensor) -> Tensor:
-    """(audio frames of all windows,) in dB, from log-mel windows (W, mel bins, mel frames)."""
+    """Loudness in dB, (audio frames of all windows,), of log-mel (W, mel bins, mel frames)."""
     _, audio_frames = frame_counts(feature_attention_mask.sum(1))
     decibels = []
     for window, frames in zip(input_features, audio_frames.tolist()):
-        log = 4 * window[:, : 4 * frames].float() - 4  # as before the last step of `log_mel`
+        log = 4 * window[:, : 4 * frames].float() - 4  # undoes the last step of `log_mel`
         power = 10**log
         power = power.sum(0).unflatten(0, (frames, 4)).mean(1)
         decibels.append(10 * power.log10())

@@ -22,7 +22,7 @@ from processor import SAMPLE_RATE, AudioFlamingo3Processor, Batch
 
 
 class Conversation:
-    """Turns that share one cache, so that each costs only what is new in it."""
+    """Turns that share one cache, so that a turn processes only its new tokens."""
 
     def __init__(
         self, processor: AudioFlamingo3Processor, model: AudioFlamingo3ForConditionalGeneration
@@ -31,23 +31,23 @@ class Conversation:
         self.processor = processor
         self.model = model
         self.cache = model.new_cache(rows=1, capacity=capacity)
-        self.stopped = False  # set it to end the answer that is being generated
+        self.stopped = False  # set to True to end the answer that is being generated
         self.reset()
 
     def reset(self) -> None:
-        """Forgets everything."""
+        """Clears the conversation."""
         self.cache.length = 0
-        self.past_ids: list[int] = []  # the ids that the cache holds
-        self.pending_ids: list[int] = []  # the end of the last turn, which it does not hold yet
+        self.past_ids: list[int] = []  # the ids in the cache
+        self.pending_ids: list[int] = []  # the end of the last turn, not in the cache yet
 
     def question(self, text: str, audios: Iterable = ()) -> Batch:
-        """The model's inputs for a user turn: the end of the turn before, this one, and the header
-        of the answer. `audios` are files or 1-D samples at 16 kHz."""
+        """The model's inputs for a user turn: the end of the previous turn, this turn, and the
+        header of the answer. `audios` are files or 1-D samples at 16 kHz."""
         content = [{"type": "audio", "audio": audio} for audio in audios]
         content.append({"type": "text", "text": text})
         messages = [{"role": "user", "content": content}]
         if self.pending_ids:
-            # A system message of None is skipped, and it keeps the default one from being added.
+            # A system message of None is skipped, and prevents the default one from being added.
             messages.insert(0, {"role": "system", "content": None})
         batch = self.processor.apply_chat_template(messages, add_generation_prompt=True)
         pending_ids = torch.tensor([self.pending_ids], dtype=torch.long)
@@ -56,9 +56,9 @@ class Conversation:
         return batch.to(self.model.device)
 
     def answer(self, question: Batch, **options) -> Iterator[Tensor]:
-        """The new ids of the answer, each (1,), as soon as they are known; options of `generate`.
+        """Yields the new ids of the answer, each (1,). Options are those of `generate`.
 
-        An answer that is stopped, or fails, stays in the conversation as far as it has come.
+        If it is stopped or fails, the ids generated so far stay in the conversation.
         """
         past_ids = torch.tensor([self.past_ids], dtype=torch.long, device=self.model.device)
         new_ids: list[int] = []
@@ -73,12 +73,12 @@ class Conversation:
                     return
         finally:
             self.stopped = False
-            self.cache.length = length  # a step that failed half-way leaves nothing behind
+            self.cache.length = length  # drops what a failed step has added
             if new_ids:
                 self.keep(question["input_ids"][0].tolist(), new_ids)
 
     def keep(self, question_ids: list[int], new_ids: list[int]) -> None:
-        """Notes what the cache holds now, and how the turn will end.
+        """Records which ids are in the cache now, and how the turn will end.
 
         The last new id is not in the cache yet. If it ended the answer, the end of the turn in the
         chat template takes its place.
@@ -93,22 +93,22 @@ class Conversation:
 
 
 class Abandoned(Exception):
-    """Raised by Ctrl-C in what can be given up, and leaves nothing behind."""
+    """Raised by Ctrl-C while something is read; the conversation stays as it was."""
 
 
-HELP = """A line is a question.
+HELP = """Each line is a question.
 /audio FILE    adds a recording to the next question
-/reset         forgets everything
+/reset         starts a new conversation
 /help          shows this
 /quit          ends the conversation; so does Ctrl-C on an empty line
-Ctrl-C         gives up reading, ends an answer, or clears the line"""
+Ctrl-C         cancels reading, stops an answer, or clears the line"""
 
 
 class TerminalChat:
     """A conversation in which each line of stdin is a question or a command.
 
-    Ctrl-C gives up the reading of a recording or question, or ends an answer; a second one, or one
-    on an empty line, ends the conversation.
+    Ctrl-C cancels the reading of a recording or question, or stops an answer. A second Ctrl-C, or
+    one on an empty line, ends the conversation.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class TerminalChat:
         self.readline = None
 
     def run(self, first_question: str | None = None) -> int:
-        """The exit status: 1 if a line that came from a pipe has failed, else 0."""
+        """Returns the exit status: 1 if a line from a pipe has failed, else 0."""
         with suppress(ImportError):  # not on Windows
             import readline  # gives input() a history
 
@@ -155,14 +155,14 @@ class TerminalChat:
                 print()
         except KeyboardInterrupt:
             terminal.exit_interrupted()
-        return int(self.has_failed and not sys.stdin.isatty())  # a person has seen what failed
+        return int(self.has_failed and not sys.stdin.isatty())  # a user has seen the error
 
     def tell(self, text: str) -> None:
         if not self.quiet:
             print(text, file=sys.stderr)
 
     def interrupt(self, *_) -> None:
-        """What Ctrl-C does."""
+        """Handles Ctrl-C."""
         if self.may_be_abandoned:
             self.may_be_abandoned = False
             raise Abandoned("Stopped; nothing was added to the conversation.")
@@ -173,12 +173,12 @@ class TerminalChat:
         if self.awaits_line and self.readline is not None:
             self.line_is_half_typed = self.readline.get_line_buffer() != ""
         if not self.line_is_half_typed:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a further one must not stop the exit
-        raise KeyboardInterrupt  # and no exit here: readline must restore the terminal first
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # another Ctrl-C must not stop the exit
+        raise KeyboardInterrupt  # rather than exit: readline must restore the terminal first
 
     @contextmanager
     def waiting(self, text: str) -> Iterator[None]:
-        """Inside, a line says what is waited for, and Ctrl-C raises `Abandoned`."""
+        """Within the context, a line shows what is being done, and Ctrl-C raises `Abandoned`."""
         with terminal.show_waiting(text, self.quiet):
             self.may_be_abandoned = True
             try:
@@ -225,7 +225,9 @@ class TerminalChat:
         except Abandoned as stop:
             print(stop, file=sys.stderr)
             if self.audios:
-                print("What was added waits for a question; /reset forgets it.", file=sys.stderr)
+                print(
+                    "Recordings stay for the next question; /reset removes them.", file=sys.stderr
+                )
         except (ValueError, OSError, RuntimeError, MemoryError) as error:
             terminal.print_error(error)
             self.has_failed = True
@@ -233,7 +235,7 @@ class TerminalChat:
     def add_audio(self, name: str) -> None:
         """Adds a recording to the next question, if the context has room for it."""
         if not name:
-            raise ValueError("/audio names no file.")
+            raise ValueError("/audio needs a file name.")
         with self.waiting(f"reading {name}"):
             waveform = self.processor.to_waveform(name)
         cache = self.conversation.cache
@@ -276,7 +278,7 @@ def check_room(max_new_tokens: int, capacity: int) -> None:
 
 
 def file_name(text: str) -> str:
-    """A file's name as people write it: with ~, in quotes, or with escaped spaces."""
+    """A file name as a user types it: with ~, in quotes, or with escaped spaces."""
     if not os.path.exists(text):
         with suppress(ValueError):  # a quote that is not closed
             words = shlex.split(text)

@@ -1,4 +1,4 @@
-"""One recording's way through the model, in the terminal: stages, answer, where each word looked.
+"""How one recording is answered, in the terminal: stages, answer, what each word attends to.
 
 explain(processor, model, "rain.wav", "What sound is this?", options={})
 """
@@ -17,12 +17,12 @@ from extras.stage_trace import describe_frames, fold_prompt, follow, stage_table
 from plumbing import terminal
 from processor import WINDOW_SECONDS, AudioFlamingo3Processor, mel_edges, plural
 
-# From dark to bright: of a terminal's 256 colors, and as characters where it has none.
+# From dark to bright: colors of a 256-color terminal, and characters for other terminals.
 HEAT = [16, 17, 18, 54, 90, 126, 162, 198, 203, 208, 214, 220, 226, 228, 230, 231]
 INK = " .:-=+*%@#"
 
 PICTURE_LINES = 16
-LABEL_WIDTH = 10  # what stands to the left of the picture
+LABEL_WIDTH = 10  # the labels to the left of the picture
 
 
 def explain(
@@ -32,8 +32,8 @@ def explain(
     prompt: str,
     options: dict,
 ) -> None:
-    """Prints the stages up to the first new token, the prompt, the answer, the log-mel with where
-    each word looked, and the candidates for each token."""
+    """Prints the stages up to the first new token, the prompt, the answer, the log-mel, the
+    attention of each word to it, and the candidates for each token."""
     columns = min(shutil.get_terminal_size().columns - 1, 400)
     journey = follow(processor, model, processor.to_waveform(audio), prompt, options)
     inputs = journey.inputs
@@ -61,7 +61,7 @@ def explain(
 
 
 def prompt_tokens(processor: AudioFlamingo3Processor, ids: Tensor, columns: int) -> str:
-    """The prompt's tokens in quotes, in lines of at most so many columns where that can be."""
+    """The prompt's tokens in quotes, in lines of at most `columns` characters if possible."""
     lines = [""]
     for text, count in fold_prompt(processor, ids):
         token = repr(text)
@@ -74,7 +74,7 @@ def prompt_tokens(processor: AudioFlamingo3Processor, ids: Tensor, columns: int)
 
 
 def describe_heads(alignment: Alignment) -> str:
-    """Which heads the attention is of, and whether it says much."""
+    """The heads whose attention is averaged, and a remark if it means little."""
     best = alignment.heads[: alignment.num_averaged]
     names = [f"layer {head.layer + 1}, head {head.head + 1}" for head in best]
     text = f"{' and '.join(names)}, score {best[0].score:.2f} of 1"
@@ -84,7 +84,7 @@ def describe_heads(alignment: Alignment) -> str:
 
 
 def token_table(alignment: Alignment) -> str:
-    """Each token with its probability, when it was spoken, and what else was likely."""
+    """A table of the tokens: probability, seconds, and the next likeliest candidates."""
     seconds_of = {}
     for word in alignment.words:
         seconds_of[word.tokens[0]] = f"{word.begin:.2f} to {word.end:.2f}"
@@ -104,10 +104,10 @@ def token_table(alignment: Alignment) -> str:
 
 
 def picture(features: Tensor, mel_frames: list[int], columns: int, colored: bool) -> str:
-    """The real frames of windows (W, 128, 3000) with Hz on the left and seconds below.
+    """Draws the real frames of windows (W, 128, 3000), with Hz on the left and seconds below.
 
-    Low frequencies are below; there is a border between windows, and under each its number of
-    audio frames.
+    Low frequencies are at the bottom. Windows are separated by a border; below each window is its
+    number of audio frames.
     """
     widths = window_widths(mel_frames, columns)
     rows = 2 * PICTURE_LINES if colored else PICTURE_LINES
@@ -133,21 +133,21 @@ def picture(features: Tensor, mel_frames: list[int], columns: int, colored: bool
 
 
 def framed(label: str, cells: list[str]) -> str:
-    """A line of the picture: what stands beside it, and the cells of each window."""
+    """A line of the picture: its label and the cells of each window."""
     if len(label) >= LABEL_WIDTH:
         label = label[: LABEL_WIDTH - 2] + "~"
     return f"{label:>{LABEL_WIDTH - 1}} |{'|'.join(cells)}|"
 
 
 def window_widths(mel_frames: list[int], columns: int) -> list[int]:
-    """How many columns each window gets, without the border on its right."""
+    """The number of columns for each window, without the border on its right."""
     total = sum(mel_frames)
     free = columns - LABEL_WIDTH - 1
     return [max(1, free * frames // total - 1) for frames in mel_frames]
 
 
 def to_shades(windows: list[Tensor], num_shades: int) -> list[list[list[int]]]:
-    """Numbers from 0 for the lowest value of all windows to num_shades - 1 for the highest."""
+    """Integers from 0, for the lowest value of all windows, to num_shades - 1, for the highest."""
     low = min(float(window.min()) for window in windows)
     high = max(float(window.max()) for window in windows)
     spread = max(high - low, 1e-6)
@@ -155,13 +155,13 @@ def to_shades(windows: list[Tensor], num_shades: int) -> list[list[list[int]]]:
 
 
 def two_rows_in_color(upper: list[int], lower: list[int]) -> str:
-    """Two rows in one line: a half block in the color of one, on the color of the other."""
+    """Two rows in one line: an upper half block in one color, with the other as background."""
     cells = [f"\x1b[38;5;{HEAT[a]};48;5;{HEAT[b]}m▀" for a, b in zip(upper, lower)]
     return "".join(cells) + "\x1b[0m"
 
 
 def frequency_labels() -> list[str]:
-    """What stands beside each line of the picture: Hz, where a round number falls into it."""
+    """A label for each line of the picture: a round number of Hz if one falls into the line."""
     labels = [""] * PICTURE_LINES
     edges = mel_edges()
     for frequency in (100, 500, 1000, 2000, 4000, 8000):
@@ -182,7 +182,7 @@ def frame_label(mel_frames: int, width: int) -> str:
 
 
 def time_axis(mel_frames: list[int], widths: list[int]) -> list[str]:
-    """A line of seconds for each window, each number beginning at its time."""
+    """A time axis for each window, in seconds. Each number begins at its time."""
     columns_a_second = 100 * sum(widths) / sum(mel_frames)
     for step in (0.1, 0.2, 0.5, 1, 2, 5, 10, 30):
         if step * columns_a_second >= 6:
@@ -200,7 +200,7 @@ def time_axis(mel_frames: list[int], widths: list[int]) -> list[str]:
 
 
 def attention_lines(alignment: Alignment, mel_frames: list[int], columns: int) -> list[str]:
-    """A line for each word: the darker, the more it looked there. The darkest is its most."""
+    """A line for each word: the denser a character, the more attention, relative to the peak."""
     widths = window_widths(mel_frames, columns)
     _, audio_frames = frame_counts(torch.tensor(mel_frames))
     lines = []

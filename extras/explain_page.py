@@ -1,9 +1,9 @@
-"""One recording's way through the model, as a page that needs nothing but a browser.
+"""How one recording is answered, as a page that needs only a browser.
 
     write_page("page.html", processor, model, waveform, "rain.wav", "What is this?", options={})
 
 The page is extras/explain_page.html with the recording, the log-mel and everything else filled in.
-It loads nothing, and its Content-Security-Policy lets it run no script but its own.
+It loads nothing else, and its Content-Security-Policy allows no script but its own.
 """
 
 import base64
@@ -32,19 +32,19 @@ from processor import SAMPLE_RATE, AudioFlamingo3Processor, mel_edges
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 
-MADE_BY = b"<!-- Made by extras/explain_page.py"  # stands at the beginning of every page
+MADE_BY = b"<!-- Made by extras/explain_page.py"  # near the beginning of every page
 
-# What a minute of sound in 3 MB leaves room for, besides 2.6 MB of recording.
+# The page of a minute of sound must be below 3 MB, of which the recording takes 2.6 MB.
 PICTURE_COLUMNS = 1000  # of the log-mel, at most
 ATTENTION_COLUMNS = 500  # of each word's attention, at most
-ATTENTION_BYTES = 120_000  # of all heads; where they are more, the worst heads are left out
+ATTENTION_BYTES = 120_000  # of all heads; the worst heads are left out if there are more
 
-# The colors of the log-mel, from quiet to loud, in red, green and blue.
+# The colors of the log-mel, from quiet to loud, as (red, green, blue).
 COLORS = [(8, 9, 32), (66, 20, 104), (176, 46, 104), (247, 140, 62), (255, 246, 196)]
 
 CAUTION = (
     "This is attention: where the model looked when it was about to say a word. It is a good hint "
-    "to where the word comes from, and no proof."
+    "of where the word comes from, but not proof."
 )
 
 
@@ -57,9 +57,9 @@ def write_page(
     prompt: str,
     options: dict,
 ) -> None:
-    """Writes the page of a recording (n,) at 16 kHz called `name`; prints the answer as it comes.
+    """Writes the page of a recording (n,) at 16 kHz called `name`; streams the answer to stdout.
 
-    Raises ValueError if the page's name does not end in .html, or there is no such folder.
+    Raises ValueError if the page's name does not end in .html, or its folder does not exist.
     """
     check_page_name(path)
     journey = follow(processor, model, waveform, prompt, options)
@@ -76,11 +76,11 @@ def write_page(
 def check_page_name(path: str | Path) -> None:
     path = Path(path)
     if path.suffix.lower() != ".html":
-        raise ValueError(f"{path}: the name of a page ends in .html.")
+        raise ValueError(f"{path}: the name of a page must end in .html.")
     if not path.parent.is_dir():
         raise ValueError(f"{path}: there is no folder {path.parent}; make it first.")
     if path.exists() and MADE_BY not in path.read_bytes()[:4000]:
-        raise ValueError(f"{path}: a file that is no page of this program's; choose another name.")
+        raise ValueError(f"{path}: not a page that this program wrote; choose another name.")
 
 
 def fill_template(title: str, contents: dict, recording: bytes, picture: bytes) -> str:
@@ -90,15 +90,15 @@ def fill_template(title: str, contents: dict, recording: bytes, picture: bytes) 
         "title": html.escape(f"What it heard in {title}"),
         "recording": data_url("audio/wav", recording),
         "log_mel": data_url("image/png", picture),
-        # In a script element nothing but "<" can begin markup, such as </script>.
+        # In a script element only "<" can begin markup, for example </script>.
         "data": json.dumps(contents).replace("<", "\\u003c"),
     }
-    # All at once: a value that holds {{...}} itself stays as it is.
+    # All at once, so that {{...}} inside a value is not replaced.
     return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], template)
 
 
 def security_policy(template: str) -> str:
-    """Nothing may be loaded, and only the template's own style and script count."""
+    """Forbids loading anything; allows only the template's own style and script."""
     style_hash = sha256(re.search(r"<style>(.*?)</style>", template, re.DOTALL)[1])
     script_hash = sha256(re.search(r"<script>(.*?)</script>", template, re.DOTALL)[1])
     return (
@@ -116,7 +116,7 @@ def data_url(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-# ---- What the page's script gets as JSON ----
+# ---- The data for the page's script, as JSON ----
 
 
 def describe(processor: AudioFlamingo3Processor, journey: Journey, alignment: Alignment) -> dict:
@@ -146,9 +146,9 @@ def describe_token(token: Token) -> dict:
 
 
 def describe_attention(alignment: Alignment) -> dict:
-    """The attention of each word's first token, in one byte for each column of time.
+    """The attention of each word's first token, one byte for each column of time.
 
-    "heads" are the average of the best and then each head, best first, as many as fit.
+    "heads" contains the average of the best heads, then as many single heads as fit, best first.
     """
     first_tokens = [word.tokens[0] for word in alignment.words]
     words = max(1, len(first_tokens))
@@ -184,7 +184,7 @@ def describe_head(name: str, attention: Tensor, columns: int) -> dict:
 
 
 def frequency_heights() -> list[tuple[int, float]]:
-    """Round numbers of Hz, and how high each stands in the picture, from 0 to 1."""
+    """Round frequencies in Hz, and the height of each in the picture, from 0 to 1."""
     edges = mel_edges().numpy()
     frequencies = [100, 500, 1000, 2000, 4000, 8000]
     heights = np.interp(frequencies, edges, np.linspace(0, 1, len(edges)))
@@ -195,7 +195,7 @@ def frequency_heights() -> list[tuple[int, float]]:
 
 
 def wav(waveform: Tensor) -> bytes:
-    """16 bits, mono, 16 kHz: what the model heard."""
+    """The waveform as a WAV file: 16 bits, mono, 16 kHz."""
     samples = (waveform.clamp(-1, 1) * 32767).round().short().numpy()
     file = io.BytesIO()
     with wave.open(file, "wb") as writer:
@@ -205,7 +205,7 @@ def wav(waveform: Tensor) -> bytes:
 
 
 def log_mel_picture(journey: Journey) -> np.ndarray:
-    """(128, columns) uint8: the real mel frames of all windows, low frequencies below."""
+    """(128, columns) uint8: the real mel frames of all windows, low frequencies at the bottom."""
     features = journey.inputs["input_features"].float().cpu()
     mel_frames = journey.inputs["feature_attention_mask"].sum(1).tolist()
     windows = [window[:, :frames] for window, frames in zip(features, mel_frames)]
@@ -216,12 +216,12 @@ def log_mel_picture(journey: Journey) -> np.ndarray:
 
 
 def png(pixels: np.ndarray) -> bytes:
-    """A PNG file of (rows, columns) uint8, from 0 in the first to 255 in the last of COLORS."""
+    """A PNG file of pixels (rows, columns) uint8: 0 is the first of COLORS, 255 the last."""
     rows, columns = pixels.shape
     places = np.linspace(0, 255, len(COLORS))
     channels = [np.interp(np.arange(256), places, channel) for channel in zip(*COLORS)]
     palette = np.stack(channels, axis=1).round().astype(np.uint8)
-    # Eight bits a pixel, which are numbers of colors in the palette (3).
+    # Eight bits per pixel, an index into the palette (color type 3).
     header = struct.pack(">IIBBBBB", columns, rows, 8, 3, 0, 0, 0)
     no_filter = np.zeros((rows, 1), dtype=np.uint8)  # before each row
     content = zlib.compress(np.hstack([no_filter, pixels]).tobytes(), 9)

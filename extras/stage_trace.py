@@ -1,4 +1,4 @@
-"""What a recording and a prompt pass through until the first new token: shapes, times, meanings.
+"""The stages from a recording and a prompt to the first new token: shapes, times, meanings.
 
 journey = follow(processor, model, waveform, "What sound is this?", options={})
 print(stage_table(journey.stages))
@@ -27,7 +27,7 @@ from processor import (
 @dataclass
 class Stage:
     name: str
-    shape: tuple[int, ...]  # of what comes out of it
+    shape: tuple[int, ...]  # of the output
     seconds: float  # that it took
     meaning: str
 
@@ -46,12 +46,12 @@ def follow(
     prompt: str,
     options: dict,
 ) -> Journey:
-    """Takes a recording (n,) at 16 kHz and a prompt as far as the first new token."""
+    """Runs the model on a recording (n,) at 16 kHz and a prompt, up to the first new token."""
     watch = StageWatch()
     seconds = len(waveform) / SAMPLE_RATE
     watch.add("waveform", waveform.shape, f"{SAMPLE_RATE} samples a second: {seconds:.2f} s")
 
-    # The processor computes log-mel and ids together. Here each is computed alone, for its time.
+    # The processor computes log-mel and ids together. Here each is computed alone, to time it.
     inputs = processor(prompt, waveform)
     watch.restart_clock()
     features, mask = feature_batch(waveform.split(N_SAMPLES))
@@ -74,7 +74,7 @@ def follow(
 
 
 class StageWatch:
-    """Notes stages as they end. The encoder's come once for each group of windows."""
+    """Records stages as they end. The encoder's occur once for each group of windows."""
 
     def __init__(self):
         self.stages: list[Stage] = []
@@ -91,7 +91,7 @@ class StageWatch:
         self.restart_clock()
 
     def hook_into(self, model: AudioFlamingo3ForConditionalGeneration) -> list:
-        """Adds a stage whenever one of the model's parts is done. Returns hooks to be removed."""
+        """Makes each part of the model add a stage when it is done. Returns hooks to be removed."""
         tower = model.audio_tower
         decoder = model.language_model.model
         outputs = [
@@ -121,7 +121,7 @@ class StageWatch:
             ),
         ]
         if model.rotary_time is not None:  # in Music Flamingo and Audio Flamingo Next
-            meaning = "each audio frame now says when it was heard"
+            meaning = "each audio frame, rotated by its time"
             outputs.append((model.rotary_time, "rotary time", meaning))
         hooks = [self.add_output_of(*output) for output in outputs]
 
@@ -155,7 +155,7 @@ def stage_table(stages: list[Stage]) -> str:
 
 
 def describe_frames(mel_frames: int) -> str:
-    """Why so many mel frames of a window become so many conv frames and audio frames."""
+    """Explains how a window's mel frames become conv frames and audio frames."""
     conv_frames, audio_frames = frame_counts(mel_frames)
     last = 2 * conv_frames - 2  # the mel frame in the middle of the last conv frame
     text = (
@@ -171,7 +171,7 @@ def describe_frames(mel_frames: int) -> str:
 
 
 def fold_prompt(processor: AudioFlamingo3Processor, ids: Tensor) -> list[tuple[str, int]]:
-    """The tokens of a prompt (T,), each with how often it comes; only <sound> is ever folded."""
+    """The tokens of a prompt (T,) with their counts; only a run of <sound> is folded into one."""
     folded = []
     last_id = None
     for token_id in ids.tolist():

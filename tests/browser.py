@@ -18,8 +18,8 @@ from collections import deque
 from contextlib import suppress
 from pathlib import Path
 
-HANGS = 120  # seconds after which a browser that says nothing is taken to hang
-READS = 3  # the numbers of the browser's two pipes
+HANGS = 120  # seconds without a message after which the browser counts as hung
+READS = 3  # the file descriptors of the browser's two pipes
 WRITES = 4
 
 FLAGS = [
@@ -37,7 +37,7 @@ def find_browser() -> str | None:
 
 
 class Browser:
-    """A browser with one tab. `events` are those that came before the last answer."""
+    """A browser with one tab. `events` are those received since the last `open`."""
 
     def __init__(self, program: str):
         self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
@@ -108,12 +108,12 @@ class Browser:
             self.events.append(answer)
 
     def wait_for(self, event: str) -> None:
-        """Waits for an event that has not come yet, or has since the last `command`."""
+        """Waits for an event, unless it is already among `events`."""
         while not any(past["method"] == event for past in self.events):
             self.events.append(self.read_message())
 
     def open(self, path: Path, width: int = 900, height: int = 700, dark: bool = False) -> None:
-        """Loads a page, and notes all events from then on."""
+        """Loads a page, and records all events from then on."""
         scheme = "dark" if dark else "light"
         self.command(
             "Emulation.setDeviceMetricsOverride",
@@ -129,7 +129,7 @@ class Browser:
         self.wait_for("Page.loadEventFired")
 
     def evaluate(self, script: str):
-        """The value of an expression; a promise is waited for."""
+        """The value of an expression; waits for a promise."""
         result = self.command(
             "Runtime.evaluate",
             expression=script,
@@ -151,12 +151,12 @@ class Browser:
             )
 
     def screenshot(self, whole: bool = True) -> bytes:
-        """A PNG of what is seen, or of the whole page."""
+        """A PNG of the whole page, or of its visible part."""
         picture = self.command("Page.captureScreenshot", captureBeyondViewport=whole)
         return base64.b64decode(picture["data"])
 
     def requests(self) -> list[str]:
-        """The addresses of all that the page has asked for, since it was opened."""
+        """The URLs that the page has requested since it was opened."""
         return [
             event["params"]["request"]["url"]
             for event in self.events
@@ -164,7 +164,7 @@ class Browser:
         ]
 
     def complaints(self) -> list[dict]:
-        """Script errors, and what the console or the page's policy complained about."""
+        """Script errors, console messages and violations of the page's policy."""
         kinds = ("Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled")
         return [event["params"] for event in self.events if event["method"] in kinds]
 
@@ -181,7 +181,7 @@ def main() -> None:
     args = parser.parse_args()
     program = find_browser()
     if program is None:
-        parser.error("no browser is installed; it is Debian's package chromium")
+        parser.error("no browser is installed (Debian: chromium)")
     browser = Browser(program)
     try:
         browser.open(args.page, args.width, args.height, args.dark)

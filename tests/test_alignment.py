@@ -1,4 +1,4 @@
-"""Where each word looked: attention as the layers have it, heads ranked without labels, times."""
+"""Word timestamps: the layers' attention weights, heads ranked without labels, word times."""
 
 from itertools import combinations
 
@@ -52,7 +52,7 @@ def spoken_words():
 
 
 def string_of(spoken_words, text):
-    """A waveform of these words with pauses of 0.15 s, and the seconds where each begins, ends."""
+    """A waveform of these words with pauses of 0.15 s, and begin and end of each in seconds."""
     pause = np.zeros(2400, dtype=np.float32)
     parts = []
     spans = []
@@ -72,7 +72,7 @@ STRINGS = ["seven three one", "seven one three seven", "one three seven one seve
 
 
 @pytest.mark.parametrize("rows", [1, 3, 12])
-def test_the_weights_are_those_with_which_the_layer_averages_its_values(model, rows):
+def test_the_layer_averages_its_values_by_these_weights(model, rows):
     attention = model.language_model.model.layers[1].self_attn
     config = model.config.text_config
     x = torch.randn(1, 12, config.hidden_size, generator=torch.Generator().manual_seed(0))
@@ -94,7 +94,7 @@ def test_probabilities_are_those_of_the_model(processor, model):
     torch.testing.assert_close(probabilities, expected)
 
 
-def test_candidates_are_likeliest_first_and_a_greedy_answer_is_made_of_the_first(tiny):
+def test_candidates_are_sorted_and_a_greedy_answer_takes_the_first(tiny):
     alignment, _, _ = answer_and_align(*tiny, sound(24000))
     for token in alignment.tokens:
         probabilities = [probability for _, probability in token.candidates]
@@ -119,7 +119,7 @@ def test_a_sound_token_that_the_model_has_generated_is_embedded_like_any_other(p
     assert [token.text for token in alignment.tokens][0] == "<sound>"
 
 
-def test_no_hook_stays_behind_even_after_an_error(processor, model, monkeypatch):
+def test_hooks_are_removed_even_after_an_error(processor, model, monkeypatch):
     monkeypatch.setattr("extras.alignment.head_score", lambda attention: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         answer_and_align(processor, model, sound(24000), max_new_tokens=2)
@@ -134,12 +134,12 @@ def pointing(peaks, frames=100):
     return torch.eye(frames)[list(peaks)]
 
 
-def test_a_head_that_points_at_later_and_later_places_scores_1():
+def test_a_head_that_points_at_ever_later_places_scores_1():
     assert head_score(pointing([3, 20, 50, 90])) == 1
 
 
 @pytest.mark.parametrize("peaks", [[50, 50, 50], [90, 50, 20]])
-def test_a_head_that_points_always_at_the_same_place_or_backwards_scores_0(peaks):
+def test_a_head_that_points_at_one_place_or_backward_scores_0(peaks):
     assert head_score(pointing(peaks)) == 0
 
 
@@ -147,14 +147,14 @@ def test_a_score_falls_with_each_pair_of_words_that_is_out_of_order():
     assert head_score(pointing([10, 30, 20, 40])) == pytest.approx(5 / 6)
 
 
-def test_a_head_that_looks_everywhere_or_elsewhere_than_at_the_sound_scores_little():
+def test_a_head_with_diffuse_attention_or_little_to_the_sound_scores_low():
     diffuse = torch.full((3, 100), 0.01)
     assert head_score(0.9 * diffuse + 0.1 * pointing([10, 30, 50])) < 0.25
     assert head_score(0.1 * pointing([10, 30, 50])) == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("text", STRINGS)
-def test_the_best_head_of_tiny_is_its_fourth_layers_first(tiny, spoken_words, text):
+def test_the_best_head_of_tiny_is_the_first_of_its_fourth_layer(tiny, spoken_words, text):
     waveform, _ = string_of(spoken_words, text)
     alignment, _, _ = answer_and_align(*tiny, waveform)
     scores = [head.score for head in alignment.heads]
@@ -184,13 +184,13 @@ def test_words_are_found_where_they_were_spoken(tiny, spoken_words, text):
         ("digits.wav", "Who are you?", False),
     ],
 )
-def test_an_answer_that_does_not_follow_the_sound_is_known_as_such(tiny, name, prompt, follows):
+def test_an_answer_that_does_not_follow_the_sound_is_recognized(tiny, name, prompt, follows):
     waveform = load_audio(TINY / "samples" / name)
     alignment, _, _ = answer_and_align(*tiny, waveform, prompt)
     assert alignment.follows_sound == follows
 
 
-def test_the_path_is_the_best_of_all_that_are_in_order():
+def test_the_path_is_the_best_of_all_monotonic_paths():
     scores = np.random.default_rng(0).standard_normal((4, 9))
     sums = {}
     for cuts in combinations(range(1, 9), 3):
@@ -217,7 +217,7 @@ def test_words_that_outnumber_the_audio_frames_share_them():
     assert spans[-1][1] <= 3 * SECONDS_OF_FRAME + 1e-9
 
 
-def test_loudness_is_in_decibels_one_for_each_audio_frame():
+def test_loudness_is_in_decibels_for_each_audio_frame():
     waveform = torch.from_numpy(sound(16000))
     quieter = waveform.clone()
     quieter[8000:] /= 10
@@ -247,15 +247,17 @@ def test_a_word_begins_with_a_space_and_takes_its_punctuation(processor, text, w
     assert [processor.decode(np.array(ids)[word]).strip() for word in places] == words
 
 
-def test_a_word_is_as_likely_as_its_tokens_together(tiny):
+def test_the_probability_of_a_word_is_the_product_of_its_tokens(tiny):
     processor, model = tiny
     inputs = processor("Describe the audio.", sound(24000))
     new_ids = torch.tensor(processor.tokenizer.encode("A voice says: one"))
     alignment = align(processor, model, inputs, new_ids)
-    of_tokens = [token.probability for token in alignment.tokens]
+    token_probabilities = [token.probability for token in alignment.tokens]
     assert [word.text for word in alignment.words] == ["A", "voice", "says:", "one"]
     assert alignment.words[2].tokens == [2, 3]
-    assert alignment.words[2].probability == pytest.approx(of_tokens[2] * of_tokens[3])
+    assert alignment.words[2].probability == pytest.approx(
+        token_probabilities[2] * token_probabilities[3]
+    )
 
 
 def test_an_empty_answer_has_no_words(processor, model):
@@ -286,7 +288,7 @@ def test_timestamps_are_lines_after_the_answer(run):
     assert "warning" not in err
 
 
-def test_a_warning_says_that_times_say_little(run):
+def test_times_that_mean_little_are_warned_about(run):
     _, out, err = run(TINY / "samples" / "rain.wav", "Who are you?", "--timestamps", model=TINY)
     assert [line.split()[3] for line in out.splitlines()[1:]] == ["I", "don't", "know."]
     assert "warning: no attention head points at a place for each word" in err

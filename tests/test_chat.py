@@ -1,5 +1,5 @@
-"""Conversations: a turn costs only what is new in it, and the answers are those of the whole
-conversation in one piece."""
+"""Conversations: a turn processes only its new tokens, and gives the same answer as the whole
+conversation in one prompt."""
 
 import io
 import os
@@ -41,8 +41,8 @@ def force_answer(monkeypatch, ids):
 # ---- Turns in Python ----
 
 
-def conversation_in_one_piece(processor, audios, answers):
-    """The inputs of the last turn of a conversation that is told from the beginning."""
+def conversation_in_one_prompt(processor, audios, answers):
+    """The inputs of the last turn, with the whole conversation in the prompt."""
     messages = []
     for number, question in enumerate(QUESTIONS):
         content = [{"type": "text", "text": question}]
@@ -55,7 +55,7 @@ def conversation_in_one_piece(processor, audios, answers):
 
 
 @pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.3}])
-def test_the_answer_to_a_later_question_is_that_of_the_whole_conversation_in_one_piece(
+def test_the_answer_to_a_later_question_is_that_of_the_whole_conversation_in_one_prompt(
     model, processor, conversation, monkeypatch, options
 ):
     audios = [[sound(80000)], [], [sound(500000)]]
@@ -65,7 +65,7 @@ def test_the_answer_to_a_later_question_is_that_of_the_whole_conversation_in_one
         force_answer(monkeypatch, ids)
         ask(conversation, QUESTIONS[number], audios[number], eos_token_id=processor.end_id)
     monkeypatch.undo()
-    inputs = conversation_in_one_piece(processor, audios, answers)
+    inputs = conversation_in_one_prompt(processor, audios, answers)
     expected = model.generate(**inputs, max_new_tokens=16, **options)[0, -16:]
     new_ids = ask(conversation, QUESTIONS[2], audios[2], max_new_tokens=16, **options)
     assert new_ids == expected.tolist()
@@ -97,7 +97,7 @@ def test_no_recording_is_encoded_twice(model, conversation, monkeypatch):
     assert windows == [1, 1]
 
 
-def test_the_model_reads_only_what_is_new_in_a_turn(processor, conversation):
+def test_a_turn_processes_only_its_new_tokens(processor, conversation):
     answer = ask(conversation, "One?", [sound(20000)], max_new_tokens=5)
     ids = conversation.question("Two?")["input_ids"][0].tolist()
     text = processor.decode(ids[1:])
@@ -105,7 +105,7 @@ def test_the_model_reads_only_what_is_new_in_a_turn(processor, conversation):
     assert text == "<|im_end|>\n<|im_start|>user\nTwo?<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_a_long_later_turn_is_read_in_parts(model, conversation, monkeypatch):
+def test_a_long_later_turn_is_processed_in_chunks(model, conversation, monkeypatch):
     ask(conversation, "One?", [sound(20000)], max_new_tokens=1, eos_token_id=[])
     question = conversation.question("Two?", [sound(960000)])
     lengths = []
@@ -122,7 +122,7 @@ def test_a_long_later_turn_is_read_in_parts(model, conversation, monkeypatch):
     assert max(lengths) == 1024
 
 
-def test_a_turn_that_does_not_fit_is_refused_and_the_conversation_goes_on(conversation):
+def test_a_turn_that_does_not_fit_is_refused_and_the_conversation_continues(conversation):
     ask(conversation, "One?", [sound(20000)], max_new_tokens=3)
     length = conversation.cache.length
     with pytest.raises(ValueError, match="max_new_tokens=4090"):
@@ -202,12 +202,12 @@ def test_a_conversation_may_start_with_a_question():
     assert (result.returncode, result.stdout) == (0, "rain\n")
 
 
-def test_a_conversation_goes_on_after_bad_input():
+def test_a_conversation_continues_after_bad_input():
     bad_lines = ["/audio gone.wav", "/audio", "/sing", "/audio ~nobody/a.wav"]
     bad_lines += ["/audio " + "a" * 300, "/audio ."]
     result = chat("--quiet", lines=[*bad_lines, "", f"/audio\t{RAIN}", "What sound is this?"])
     errors = result.stderr.splitlines()
-    assert (result.returncode, result.stdout) == (1, "rain\n")  # a pipe sees no errors
+    assert (result.returncode, result.stdout) == (1, "rain\n")  # 1: a line has failed
     assert len(errors) == len(bad_lines)
     assert all(error.startswith("error: ") for error in errors)
     assert "gone.wav" in errors[0]
@@ -246,7 +246,7 @@ def test_a_question_that_is_refused_keeps_its_recordings(micro, clip):
     assert len(asked_again.stdout) > 1000
 
 
-def test_a_recording_for_which_there_is_no_room_is_refused_at_once(run_chat, clip):
+def test_a_recording_that_does_not_fit_is_refused_at_once(run_chat, clip):
     lines = [f"/audio {clip}", f"/audio {clip}", "/quit"]
     status, out, err = run_chat("--max-new-tokens", 4030, lines=lines)
     assert status == 1
@@ -255,7 +255,7 @@ def test_a_recording_for_which_there_is_no_room_is_refused_at_once(run_chat, cli
     assert "/reset makes room" in err
 
 
-def test_what_was_heard_is_told_after_an_answer_about_it(run_chat, clip):
+def test_the_length_of_a_recording_is_reported_after_its_answer(run_chat, clip):
     _, _, err = run_chat(clip, "--max-new-tokens", 2, lines=["Hi", "And?"])
     assert err.count("heard 1.5 s: 1 window, 37 audio frames") == 1
     assert err.count("said 2 tokens") == 2
@@ -268,7 +268,7 @@ def test_a_file_name_may_be_in_quotes_or_escaped(tmp_path, monkeypatch, written)
     assert file_name(written) == "a b.wav"
 
 
-def test_a_file_name_alone_is_not_taken_for_a_question(run_chat, clip):
+def test_a_file_name_alone_is_not_treated_as_a_question(run_chat, clip):
     status, out, err = run_chat("--quiet", lines=[clip, "/quit"])
     assert (status, out) == (1, "")
     assert f"to add a recording, write /audio {clip}" in err
@@ -284,7 +284,7 @@ def test_help_is_shown_when_it_is_asked_for(run_chat):
 
 @pytest.fixture
 def run_chat(run, monkeypatch):
-    """Runs a conversation in this process, and gives Ctrl-C its meaning back afterward."""
+    """Runs a conversation in this process, and restores the Ctrl-C handler afterward."""
     handler = signal.getsignal(signal.SIGINT)
 
     def call(*arguments, lines):
@@ -350,9 +350,9 @@ def test_ctrl_c_ends_an_answer_and_then_the_conversation(clip, micro):
     assert b"Traceback" not in process.stderr.read()
 
 
-@pytest.mark.parametrize("typed, goes_on", [("What is", True), ("", False)])
-def test_ctrl_c_clears_a_half_typed_line_and_leaves_on_an_empty_one(
-    run_chat, monkeypatch, typed, goes_on
+@pytest.mark.parametrize("typed, continues", [("What is", True), ("", False)])
+def test_ctrl_c_clears_a_half_typed_line_and_exits_on_an_empty_one(
+    run_chat, monkeypatch, typed, continues
 ):
     asked = []
 
@@ -368,7 +368,7 @@ def test_ctrl_c_clears_a_half_typed_line_and_leaves_on_an_empty_one(
     monkeypatch.setattr("builtins.input", interrupted_input)
     monkeypatch.setattr("readline.get_line_buffer", lambda: typed)
     monkeypatch.setattr("plumbing.terminal.exit_interrupted", leave)
-    if goes_on:
+    if continues:
         assert run_chat(lines=[])[0] == 0
         assert len(asked) == 2
     else:
@@ -377,7 +377,7 @@ def test_ctrl_c_clears_a_half_typed_line_and_leaves_on_an_empty_one(
         assert len(asked) == 1
 
 
-def test_ctrl_c_at_the_prompt_gives_the_terminal_back_as_it_was(micro):
+def test_ctrl_c_at_the_prompt_restores_the_terminal(micro):
     terminal = Terminal("--chat", "--model", micro)
     terminal.read_until(b"> ")
     assert interrupt_until_it_ends(terminal.process) == 130

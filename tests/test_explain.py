@@ -1,4 +1,4 @@
-"""--explain: the stages of a recording's way through the model, and where each word looked."""
+"""--explain: the stages from a recording to the first new token, and each word's attention."""
 
 import time
 
@@ -14,7 +14,7 @@ from signals import sound, write_wav
 
 @pytest.fixture
 def explain(run, tmp_path):
-    """Explains a sound of so many samples; what is printed."""
+    """Explains a sound of `samples` samples; returns what is printed."""
 
     def call(samples):
         path = write_wav(tmp_path / "a.wav", sound(samples))
@@ -71,7 +71,7 @@ def test_the_answer_is_that_of_a_run_without_explain(run, clip):
     assert "\nThe answer:\n" + answer in out
 
 
-def test_each_group_of_windows_has_its_own_stages_in_the_order_of_the_work(processor, model):
+def test_each_group_of_windows_has_its_own_stages_in_order(processor, model):
     waveform = torch.from_numpy(sound(4 * 480000 + 80000))
     stages = follow(processor, model, waveform, "Hi", {"max_new_tokens": 1}).stages
     shapes = [stage.shape for stage in stages if stage.name == "conv1"]
@@ -121,7 +121,7 @@ def test_the_picture_has_a_border_between_windows_and_their_audio_frames_below(e
     assert "375 audio frames" in lines[16]
 
 
-def test_low_tones_are_drawn_below_and_later_ones_on_the_right():
+def test_low_tones_are_drawn_at_the_bottom_and_late_ones_on_the_right():
     features = torch.zeros(1, 128, 3000)
     features[0, :8, 100:200] = 1  # low and late
     lines = picture(features, [200], 52, colored=False).splitlines()
@@ -130,8 +130,8 @@ def test_low_tones_are_drawn_below_and_later_ones_on_the_right():
     assert lines[0][10:].strip("| ") == ""
 
 
-def test_hz_and_seconds_stand_at_their_places():
-    """A tone of 1000 Hz from 1 to 2 s is drawn in the line and columns that the axes name."""
+def test_axis_labels_match_the_picture():
+    """A tone of 1000 Hz from 1 to 2 s is drawn in the line and columns that the axes show."""
     seconds = torch.arange(48000) / 16000
     tone = torch.sin(2 * torch.pi * 1000 * seconds) * ((seconds >= 1) & (seconds < 2))
     features, mask = feature_batch([tone])
@@ -143,7 +143,7 @@ def test_hz_and_seconds_stand_at_their_places():
     assert abs(brightest.index("#") - axis.index(" 1 ") - 1) <= 1
 
 
-def test_a_terminal_of_256_colors_gets_colors():
+def test_a_terminal_with_256_colors_gets_colors():
     text = picture(torch.rand(1, 128, 3000), [3000], 50, colored=True)
     assert "\x1b[38;5;" in text
     assert text.count("\n") == 17
@@ -187,7 +187,7 @@ def test_hooks_are_set_with_explain_only(run, clip, monkeypatch, flag, status):
     assert run(clip, "Hi", "--max-new-tokens", 1, flag)[0] == status
 
 
-def test_a_folder_and_no_recording_are_refused(run, tmp_path):
+def test_a_folder_or_a_missing_recording_is_refused(run, tmp_path):
     status, out, err = run("--explain", tmp_path)
     assert (status, out) == (2, "")
     assert err.startswith("error: --explain takes one sound file")

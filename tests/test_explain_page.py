@@ -1,4 +1,4 @@
-"""--explain page.html: one file that fetches nothing, and that works in a browser by keyboard."""
+"""--explain page.html: one file that fetches nothing and works in a browser by keyboard."""
 
 import io
 import re
@@ -83,7 +83,7 @@ def test_a_picture_is_a_png_file_of_its_pixels():
     assert (rows[:, 1:] == pixels).all()
 
 
-def test_the_recording_in_a_page_is_what_the_model_heard():
+def test_the_recording_in_a_page_is_the_models_input():
     waveform = torch.from_numpy(sound(16000))
     with wave.open(io.BytesIO(wav(waveform))) as file:
         assert file.getparams()[:4] == (1, 2, 16000, 16000)
@@ -91,7 +91,7 @@ def test_the_recording_in_a_page_is_what_the_model_heard():
     np.testing.assert_allclose(samples, waveform, atol=1e-4)
 
 
-def test_a_page_names_no_address_and_its_policy_knows_only_its_own_script_and_style(page):
+def test_a_page_has_no_urls_and_its_policy_allows_only_its_own_script_and_style(page):
     text = page.read_text(encoding="utf-8")
     assert not re.search(r"https?:|url\(|@import|<link|<iframe", text)
     assert re.findall(r'src="(\w+:[\w/]+)', text) == ["data:audio/wav", "data:image/png"]
@@ -111,7 +111,7 @@ def test_a_page_of_a_minute_and_many_words_is_smaller_than_3_mb(tiny, tmp_path, 
     assert (tmp_path / "page.html").stat().st_size < 3_000_000
 
 
-def test_what_comes_from_outside_is_no_markup(tiny, tmp_path, monkeypatch):
+def test_outside_text_is_not_markup(tiny, tmp_path, monkeypatch):
     text = write_hostile_page(tmp_path / "page.html", tiny, monkeypatch).read_text("utf-8")
     assert text.count("<script") == 2
     assert "<img src=x" not in text
@@ -121,7 +121,7 @@ def test_what_comes_from_outside_is_no_markup(tiny, tmp_path, monkeypatch):
 # ---- The command line ----
 
 
-def test_the_answer_is_printed_and_the_page_named(run, tmp_path):
+def test_the_answer_is_printed_and_the_page_is_reported(run, tmp_path):
     path = tmp_path / "page.html"
     status, out, err = run("--explain", path, DIGITS, model=TINY)
     assert (status, out) == (0, "seven three one\n")
@@ -129,7 +129,7 @@ def test_the_answer_is_printed_and_the_page_named(run, tmp_path):
     assert path.read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
-def test_a_recording_or_prompt_after_explain_is_no_page(run, clip):
+def test_a_recording_or_prompt_after_explain_is_not_a_page(run, clip):
     before = open(clip, "rb").read()
     status, out, _ = run("--explain", clip, "Hi", "--max-new-tokens", 2)
     assert status == 0
@@ -143,11 +143,11 @@ def test_a_recording_or_prompt_after_explain_is_no_page(run, clip):
 @pytest.mark.parametrize(
     "name, reason",
     [
-        ("clip.wav", "the name of a page ends in .html"),
+        ("clip.wav", "the name of a page must end in .html"),
         ("gone/page.html", "there is no folder"),
     ],
 )
-def test_a_page_of_another_name_or_in_no_folder_is_refused(run, clip, tmp_path, name, reason):
+def test_a_page_with_another_suffix_or_no_folder_is_refused(run, clip, tmp_path, name, reason):
     status, out, err = run(clip, f"--explain={tmp_path / name}")
     assert (status, out) == (2, "")
     assert reason in err
@@ -197,7 +197,7 @@ def test_nothing_is_fetched(browser, page):
     assert browser.complaints() == []
 
 
-def test_the_policy_refuses_what_the_page_does_not_do_itself(browser, page):
+def test_the_policy_blocks_fetches_and_foreign_scripts(browser, page):
     browser.open(page)
     fetched = browser.evaluate("fetch('data:,x').then(() => 'fetched', () => 'refused')")
     assert fetched == "refused"
@@ -205,7 +205,7 @@ def test_the_policy_refuses_what_the_page_does_not_do_itself(browser, page):
     assert browser.evaluate("window.broken") is None
 
 
-def test_hostile_texts_are_shown_as_they_are(browser, tiny, tmp_path, monkeypatch):
+def test_hostile_text_is_shown_literally(browser, tiny, tmp_path, monkeypatch):
     browser.open(write_hostile_page(tmp_path / "page.html", tiny, monkeypatch))
     for name in ("name", "question"):
         assert browser.evaluate(f"find('{name}').textContent") == HOSTILE
@@ -223,10 +223,10 @@ def test_moving_over_the_picture_shows_which_words_looked_there(browser, page):
     x = box["x"] + 1.2 / 1.9885 * box["width"]
     browser.command("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=box["y"] + 30)
     text = browser.evaluate("find('looked').textContent")
-    assert re.match(r"At 1\.(19|20|21) s: here looked “three” with \d+\.\d%", text)
+    assert re.match(r"At 1\.(19|20|21) s: words that looked here: “three” \(\d+\.\d%", text)
 
 
-def test_another_head_shows_another_attention(browser, page):
+def test_choosing_another_head_shows_its_attention(browser, page):
     browser.open(page)
     names = browser.evaluate("[...find('head').options].map((option) => option.textContent)")
     assert names[0].startswith("best: layer 4, head 1")
@@ -246,7 +246,7 @@ def test_a_page_fits_and_follows_the_color_scheme(browser, page, width, dark):
     assert (brightness < 128) == dark
 
 
-def test_what_a_screen_reader_needs_has_a_name(browser, page):
+def test_elements_have_names_for_a_screen_reader(browser, page):
     """The names in the browser's accessibility tree."""
     browser.open(page)
     nodes = browser.command("Accessibility.getFullAXTree")["nodes"]
@@ -280,16 +280,16 @@ def test_an_empty_answer_has_a_page_too(browser, tiny, tmp_path, monkeypatch):
     assert browser.complaints() == []
 
 
-def test_a_file_that_is_no_page_is_not_overwritten(tmp_path):
+def test_a_file_that_is_not_a_page_is_not_overwritten(tmp_path):
     path = tmp_path / "notes.html"
     path.write_text("mine")
-    with pytest.raises(ValueError, match="notes.html: a file that is no page of this program's"):
+    with pytest.raises(ValueError, match="notes.html: not a page that this program wrote"):
         check_page_name(path)
     path.write_text(TEMPLATE.read_text(encoding="utf-8"))
     check_page_name(path)
 
 
-def test_a_full_disk_leaves_an_earlier_page(tmp_path, monkeypatch):
+def test_a_full_disk_does_not_destroy_an_earlier_page(tmp_path, monkeypatch):
     page = tmp_path / "page.html"
     page.write_text("earlier")
 
