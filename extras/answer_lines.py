@@ -1,4 +1,4 @@
-"""Many recordings on the command line: a JSON line for each, and going on after an interruption."""
+"""Many recordings on the command line: a JSON line for each, and resuming after interruptions."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def answer_many(
 ) -> int:
     """Prints a JSON line for each recording or entry, and returns the exit status.
 
-    args: the command line. load_model: gives the model that it asks for.
+    args: the command line. load_model: loads the model that args ask for.
     """
     batch_size = 8 if args.batch_size is None else args.batch_size
     if batch_size < 1:
@@ -50,7 +50,7 @@ def answer_many(
     def answer(share: list[Job]) -> Iterator[Job]:
         model = load_model(args)
         progress.restart()
-        shown = None if is_shared else progress  # share_jobs shows that of all shares
+        shown = None if is_shared else progress  # share_jobs shows that of all processes
         return answer_jobs(
             share, processor, model, batch_size, shown, args.choose, args.timestamps, **options
         )
@@ -79,13 +79,13 @@ def answer_many(
 
 def summary_of_many(answered: int, asked: int, before: int, seconds: float) -> str:
     if asked == 0:
-        return "nothing left to answer; for other options choose another file"
+        return "nothing left to answer; to use other options, choose another file"
     earlier = f" (and {before} before)" if before else ""
     return f"answered {answered} of {asked}{earlier} in {seconds:.1f} s"
 
 
 def leave_out_answered(args: Namespace, jobs: list[Job]) -> tuple[list[Job], TextIO]:
-    """The jobs that --resume and --output leave to do, and where their lines are written."""
+    """The jobs that are left after --resume and --output, and the file to write their lines to."""
     all_jobs = jobs
     if args.resume and os.path.exists(args.resume):
         jobs = leave_out_answered_in(jobs, args.resume)
@@ -97,7 +97,7 @@ def leave_out_answered(args: Namespace, jobs: list[Job]) -> tuple[list[Job], Tex
 
 
 def parse_fields(text: str | None) -> dict[str, str]:
-    """{"audio": ..., "prompt": ...} of "audio=NAME,prompt=NAME", either of which may be absent."""
+    """Parses "audio=NAME,prompt=NAME"; either may be absent. Returns {"audio": NAME, ...}."""
     names = {}
     for pair in (text or "").split(","):
         own, _, name = pair.partition("=")
@@ -109,11 +109,11 @@ def parse_fields(text: str | None) -> dict[str, str]:
     return names
 
 
-# ---- Lines, and going on after an interruption ----
+# ---- Lines, and resuming after an interruption ----
 
 
 def as_json_line(job: dict, encoding: str = "utf-8") -> str:
-    """JSON without control characters; without other characters that the encoding may lack."""
+    """JSON in which control characters, and characters that the encoding may lack, are escaped."""
     line = json.dumps(job, ensure_ascii=encoding.lower() != "utf-8")
     return line.translate({code: f"\\u{code:04x}" for code in range(127, 160)})
 
@@ -121,7 +121,7 @@ def as_json_line(job: dict, encoding: str = "utf-8") -> str:
 def leave_out_answered_in(jobs: list[Job], path: str) -> list[Job]:
     """The jobs without a response among the JSON lines in `path`.
 
-    A job that is there twice needs two responses.
+    A job that occurs twice needs two responses.
     """
     check_is_file(Path(path))
     answered = Counter()
@@ -140,7 +140,7 @@ def leave_out_answered_in(jobs: list[Job], path: str) -> list[Job]:
 
 
 def job_key(entry: dict) -> str:
-    """An entry without its outcome, to recognize it by."""
+    """Identifies an entry by its fields, without the outcome."""
     written = (*OUTCOMES, TIMESTAMPS)
     asked = {name: value for name, value in entry.items() if name not in written}
     if isinstance(asked.get("audio"), str):
@@ -149,14 +149,14 @@ def job_key(entry: dict) -> str:
 
 
 def open_output(path: str, jobs: list[Job]) -> TextIO:
-    """The file of JSON lines at `path`, opened to add what the `jobs` without a response give.
+    """Opens the file of JSON lines at `path`, to append the outcomes of the unanswered `jobs`.
 
-    Of an earlier run, the errors of these jobs and a last line that was cut off are removed
-    first, in a copy that then takes the file's place: whenever the program is killed, no
-    response is lost. Raises ValueError for a file that holds anything but such lines.
+    Removes first what an earlier run left: errors of these jobs, and a last line that was cut off.
+    This is done in a copy that then replaces the file, so no response is lost if the program is
+    killed. Raises ValueError for a file that contains anything but such lines.
     """
     check_is_file(Path(path))
-    path = os.path.realpath(path)  # a link stays one
+    path = os.path.realpath(path)  # replace the target of a link, not the link
     keys = {job_key(job) for job in jobs}
     file = open_alone(path)
     lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").split("\n")
@@ -166,7 +166,7 @@ def open_output(path: str, jobs: list[Job]) -> TextIO:
         is_outcome = isinstance(entry, dict) and any(name in entry for name in OUTCOMES)
         is_cut_off = entry is None and number == len(lines) and line.startswith("{")
         if line.strip() and not is_outcome and not is_cut_off:
-            raise ValueError(f"{path}: line {number} is no answer; choose another file.")
+            raise ValueError(f"{path}: line {number} is not an answer; choose another file.")
         if is_outcome and ("response" in entry or job_key(entry) not in keys):
             kept.append(line + "\n")
     if "".join(kept) != "\n".join(lines):
@@ -177,7 +177,7 @@ def open_output(path: str, jobs: list[Job]) -> TextIO:
 
 
 def open_alone(path: str) -> TextIO:
-    """The file, opened to append to it. Raises ValueError while another run has it open so."""
+    """Opens a file for appending. Raises ValueError while another run has it open this way."""
     file = open(path, "a", encoding="utf-8")
     with suppress(ImportError):  # not on Windows
         import fcntl
@@ -185,13 +185,13 @@ def open_alone(path: str) -> TextIO:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{path}: another run is writing it; wait until it ends.") from None
+            raise ValueError(f"{path}: another run is writing to it; wait until it ends.") from None
     return file
 
 
 def end_cut_line(path: str) -> None:
     """If stdout appends to the file `path`, and its last line is cut off, ends that line."""
-    with suppress(OSError), open(path, "rb") as file:  # it may be empty, and stdout no file
+    with suppress(OSError), open(path, "rb") as file:  # it may be empty, or stdout not a file
         file.seek(-1, os.SEEK_END)
         if os.path.sameopenfile(file.fileno(), sys.stdout.fileno()) and file.read() != b"\n":
             print()

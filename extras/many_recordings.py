@@ -1,6 +1,6 @@
-"""Many recordings: jobs from files, folders and JSON, answered in batches of like length.
+"""Many recordings: jobs from files, folders and JSON, answered in batches of similar length.
 
-A job is what was asked: a dictionary with "audio" (a file, or a list of files), "prompt" and any
+A job is a request: a dictionary with "audio" (a file, or a list of files), "prompt" and any
 other fields, which are kept. Its outcome is a "response" or an "error".
 
     jobs = read_jobs(None, ["recordings/"], "What sound is this?")
@@ -27,14 +27,14 @@ from plumbing.terminal import Progress, describe_error
 from processor import AudioFlamingo3Processor, Batch, check_plain_prompt
 
 OUTCOMES = ("response", "error")
-TIMESTAMPS = "words"  # the field beside a response
-OWN_FIELDS = {"audio": "audio", "prompt": "prompt"}  # what the fields of an entry are called
+TIMESTAMPS = "words"  # the field for timestamps
+OWN_FIELDS = {"audio": "audio", "prompt": "prompt"}  # the default names of an entry's fields
 
 # ---- Reading jobs ----
 
 
 class Job(dict):
-    """The fields of an entry, as they will be written, and what they mean."""
+    """The fields of an entry, as they will be written, with their parsed values as attributes."""
 
     def __init__(self, entry: dict, recordings: list[str], prompt: str, place: str):
         super().__init__(entry)
@@ -51,10 +51,10 @@ class Job(dict):
 def read_jobs(
     prompts_file: str | None, names: list[str], prompt: str, fields: dict[str, str] | None = None
 ) -> list[Job]:
-    """The entries of a JSON file, if there is one; then the files, and files in folders, of names.
+    """Jobs for the entries of a JSON file, if given, and for the files and folders in `names`.
 
-    `prompt` is for those that have none of their own. `fields` are the names under which entries
-    have "audio" and "prompt".
+    `prompt` is for entries without one. `fields` maps "audio" and "prompt" to the names that these
+    fields have in the entries.
     """
     jobs = []
     if prompts_file:
@@ -73,14 +73,14 @@ def read_jobs(
     for name in names:
         for file in files_in(name):
             if os.path.realpath(file) in seen:
-                continue  # a file is taken once
+                continue  # each file is used once
             seen.add(os.path.realpath(file))
             jobs.append(Job({"audio": file, "prompt": prompt}, [file], prompt, file))
     return jobs
 
 
 def check_no_faults(faults: list[str]) -> None:
-    """Raises ValueError with the first few of what is wrong with the entries of a file."""
+    """Raises ValueError with the first few faults in the entries of a file, if there are any."""
     shown = " ".join(faults[:5])
     more = len(faults) - 5
     if more > 0:
@@ -90,7 +90,7 @@ def check_no_faults(faults: list[str]) -> None:
 
 
 def warn_about_missing_prompts(entries: list, field: str, prompt: str, prompts_file: str) -> None:
-    """A mistyped name would otherwise have the speech transcribed silently."""
+    """If the field's name is mistyped, the speech would otherwise be transcribed silently."""
     missing = sum(field not in entry for _, entry in entries)
     if missing and prompt == AudioFlamingo3Processor.default_transcription_prompt:
         warnings.warn(
@@ -100,14 +100,14 @@ def warn_about_missing_prompts(entries: list, field: str, prompt: str, prompts_f
 
 
 def check_fields(fields: dict[str, str], entries: list, prompts_file: str) -> None:
-    """Refuses a name that is in no entry: its field would seem to be absent everywhere."""
+    """Refuses a field name that no entry has: it is probably mistyped."""
     for name in fields.values():
         if not any(isinstance(entry, dict) and name in entry for _, entry in entries):
             raise ValueError(f'{prompts_file}: no entry has the field "{name}" of --fields.')
 
 
 def read_entries(path: str) -> list[tuple[str, object]]:
-    """What a JSON array holds, or each line of JSON lines, and where it stands: "FILE: line 3".
+    """The entries of a JSON array or of JSON lines, each after its place: "FILE: line 3".
 
     "-" is standard input.
     """
@@ -152,7 +152,7 @@ def parse_line(line: str):
 
 
 def new_job(entry, prompt: str, fields: dict[str, str], place: str, prompts_file: str) -> Job:
-    """A job of an entry. Raises ValueError, with the entry's place, for what is wrong with it."""
+    """Makes a job from an entry. Raises ValueError, with its place, if the entry is invalid."""
     if not isinstance(entry, dict):
         raise ValueError(f"{place}: a JSON object is expected.")
     audio_field = fields["audio"]
@@ -176,7 +176,7 @@ def new_job(entry, prompt: str, fields: dict[str, str], place: str, prompts_file
     for outcome in OUTCOMES:
         if outcome in entry:
             raise ValueError(
-                f'{place}: it has "{outcome}", the name of what is written; rename or remove it.'
+                f'{place}: it has "{outcome}", a field of the output; rename or remove it.'
             )
     choices = entry.get("choices", [])
     if not isinstance(choices, list) or not all(
@@ -189,7 +189,7 @@ def new_job(entry, prompt: str, fields: dict[str, str], place: str, prompts_file
 
 
 def find_beside(name: str, prompts_file: str) -> str:
-    """A file beside the JSON file, if it is there; else from the current directory."""
+    """The path beside the JSON file if it exists, else from the current directory."""
     if prompts_file == "-":
         return name
     beside = Path(prompts_file).parent / name
@@ -197,7 +197,7 @@ def find_beside(name: str, prompts_file: str) -> str:
 
 
 def check_jobs(jobs: list[Job], choose: bool, timestamps: bool) -> None:
-    """Refuses jobs that cannot be answered by choice, or with timestamps, where that is wanted."""
+    """Refuses jobs that cannot be answered by choice, or with timestamps, if that is requested."""
     if timestamps:
         check_timestamps(jobs, choose)
     if choose:
@@ -211,7 +211,7 @@ def check_choices(jobs: list[Job]) -> None:
 
 
 def check_timestamps(jobs: list[Job], choose: bool) -> None:
-    """Refuses jobs whose words can have no times, or no field for them."""
+    """Refuses jobs whose words cannot have times, or that already have the field for them."""
     if choose:
         raise ValueError("--timestamps is for answers in the model's own words, not for --choose.")
     for job in jobs:
@@ -222,14 +222,14 @@ def check_timestamps(jobs: list[Job], choose: bool) -> None:
 
 
 def files_in(name: str) -> list[str]:
-    """The recordings in a folder and its subfolders, sorted; of a file, that file."""
+    """The recordings in a folder and its subfolders, sorted; for a file, the file itself."""
     if not os.path.isdir(name):
         return [name]
     files = []
     for folder, subfolders, names in os.walk(name, onerror=refuse_folder):
         subfolders[:] = [subfolder for subfolder in subfolders if not subfolder.startswith(".")]
         for path in [Path(folder, of_file) for of_file in names if not of_file.startswith(".")]:
-            is_broken_link = path.is_symlink() and not path.exists()  # gets its line with an error
+            is_broken_link = path.is_symlink() and not path.exists()  # becomes a job with an error
             is_file = path.is_file() or is_broken_link
             if path.suffix.lower() in AUDIO_SUFFIXES and is_file:
                 files.append(str(path))
@@ -239,7 +239,7 @@ def files_in(name: str) -> list[str]:
 
 
 def refuse_folder(error: OSError) -> None:
-    """A folder that cannot be read is not left out silently."""
+    """Raises the error: an unreadable folder is not skipped silently."""
     raise error
 
 
@@ -256,13 +256,13 @@ def answer_jobs(
     timestamps: bool = False,
     **options,
 ) -> Iterator[Job]:
-    """The jobs with their "response" or "error", in the order given; options are `generate`'s.
+    """Yields the jobs with "response" or "error", in the order given. Options are `generate`'s.
 
-    The recordings of a few batches are loaded at a time, and those of like length answered
-    together, so that little is padded. A job is yielded as soon as it and all before it are done.
-    A job that fails does not stop the others.
-    choose: the response is the likeliest of the job's choices, see `likeliest_choice`.
-    timestamps: beside a response, "words" says where each word looked, see `extras/alignment.py`.
+    The recordings of a few batches are loaded at a time, and those of similar length are batched
+    together to reduce padding. A job is yielded as soon as it and all jobs before it are done. A
+    job that fails does not stop the others.
+    choose: the response is the likeliest of the job's choices; see `likeliest_choice`.
+    timestamps: jobs also get "words", with the time of each word; see `extras/alignment.py`.
     """
     check_jobs(jobs, choose, timestamps)
     if choose:
@@ -289,7 +289,7 @@ Loaded = tuple[list[Tensor], Job]  # the waveforms of a job
 
 
 def divide(loaded: list[Loaded], batch_size: int) -> Iterator[list[Loaded]]:
-    """Batches of jobs of like length; a job of several recordings is a batch of its own."""
+    """Batches of jobs of similar length; a job with several recordings is its own batch."""
     single = [pair for pair in loaded if len(pair[0]) == 1]
     single.sort(key=lambda pair: len(pair[0][0]))
     for first in range(0, len(single), batch_size):
@@ -300,7 +300,7 @@ def divide(loaded: list[Loaded], batch_size: int) -> Iterator[list[Loaded]]:
 
 
 def load_recordings(jobs: list[Job], processor: AudioFlamingo3Processor) -> list[Loaded]:
-    """Each job with its waveforms; one whose file cannot be read gets its "error" instead."""
+    """Each job with its waveforms; a job whose file cannot be read gets an "error" instead."""
     loaded = []
     for job in jobs:
         try:
@@ -319,7 +319,7 @@ def load_one(file: str, processor: AudioFlamingo3Processor) -> Tensor:
 
 
 def warn_about(file: str, message: str) -> None:
-    """Warns with the file's name, which is needed where there are many."""
+    """Warns with the file's name, because there are many files."""
     if file not in message:
         message = f"{file}: {message}"
     warnings.warn(message)
@@ -333,7 +333,7 @@ def answer_batch(
     choose: bool,
     timestamps: bool,
 ) -> None:
-    """Gives each job its outcome. Where a batch fails, each of its jobs is tried alone."""
+    """Gives each job its outcome. If a batch fails, each of its jobs is tried alone."""
     try:
         if choose:
             responses = [likeliest_choice(batch[0], processor, model)]
@@ -362,7 +362,7 @@ def answer_batch(
 
 
 def mark_cut(jobs: list[Job], new_ids: Tensor, eos_token_id: int | list[int]) -> None:
-    """Marks the jobs whose answer, a row of new_ids (B, T), has no end."""
+    """Marks the jobs whose answer, a row of new_ids (B, T), has no end token."""
     if eos_token_id != []:  # with an empty list no answer ever ends
         end_ids = torch.tensor(eos_token_id, device=new_ids.device)
         for job, ids in zip(jobs, new_ids):
@@ -375,7 +375,7 @@ def words_of(
     processor: AudioFlamingo3Processor,
     model: AudioFlamingo3ForConditionalGeneration,
 ) -> list[dict]:
-    """The words of an answer (new tokens,), which may be padded, with their times."""
+    """The words, with their times, of an answer (new tokens,) that may be padded."""
     is_real = new_ids != model.generation_config.pad_token_id
     num_real = int(is_real.nonzero().max()) + 1 if bool(is_real.any()) else 1
     inputs = make_inputs([loaded], processor)
@@ -391,10 +391,10 @@ def likeliest_choice(
     processor: AudioFlamingo3Processor,
     model: AudioFlamingo3ForConditionalGeneration,
 ) -> str:
-    """The choice that the model is likeliest to give as its whole answer to the prompt.
+    """The choice with the highest likelihood as the whole answer to the prompt.
 
-    The prompt does not list the choices. It is read, and its recording encoded, once: then the
-    cache is set back to its end for each choice.
+    The prompt does not list the choices. It is processed only once: for each choice, the cache is
+    reset to the end of the prompt.
     """
     _, job = loaded
     inputs = make_inputs([loaded], processor, list_choices=False).to(model.device)

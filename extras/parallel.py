@@ -1,10 +1,10 @@
-"""Several processes, started by torchrun: they share the recordings, or split the model.
+"""Several processes, started by torchrun: they divide the recordings, or split the model.
 
     torchrun --nproc-per-node 2 generate.py recordings/ "What is this?" --output answers.jsonl
     torchrun --nproc-per-node 2 generate.py a.wav "What is this?" --tensor-parallel
 
-Only the first process prints. They talk through torch.distributed: by NCCL about tensors on GPUs,
-by gloo about all else.
+Only the first process prints. Processes communicate through torch.distributed: with NCCL for
+tensors on GPUs, with gloo for everything else.
 """
 
 import os
@@ -40,31 +40,31 @@ CPU = torch.device("cpu")
 
 @contextmanager
 def joined_processes() -> Iterator[None]:
-    """Inside, the processes can talk. At its end each waits for the others."""
+    """Within the context, processes can communicate. At its end each waits for the others."""
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    # Nothing is too long to wait for: gloo notices at once when another process dies.
+    # No timeout is needed: gloo notices at once when another process dies.
     dist.init_process_group(backend, timeout=timedelta(days=365))
     if dist.get_rank() == 0:
-        # torchrun sends it to the others when one has died. The first must be able to say so.
+        # torchrun sends SIGTERM to the others when one has died; the first must still report it.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     else:
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
-    # Without --seed, too, processes that split a model have to draw the same tokens.
+    # Even without --seed, processes that split a model must sample the same tokens.
     torch.manual_seed(from_first_process(torch.initial_seed()))
     yield
-    with suppress(RuntimeError):  # another has left early; all is printed
+    with suppress(RuntimeError):  # another process has exited early; everything is printed
         dist.barrier()
 
 
 def from_first_process(value):
-    """The value that the first process passes."""
+    """Broadcasts the value of the first process."""
     values = [value]
     dist.broadcast_object_list(values, src=0, device=CPU)
     return values[0]
 
 
 def own_device(device: str) -> str:
-    """The device of this process: where there are GPUs, each process has its own."""
+    """The device of this process: if there are GPUs, each process has its own."""
     if device not in ("auto", "cuda") or not torch.cuda.is_available():
         return device
     processes = int(os.environ["LOCAL_WORLD_SIZE"])
@@ -83,16 +83,16 @@ def own_device(device: str) -> str:
 def share_jobs(
     jobs: list[Job], answer: Callable[[list[Job]], Iterator[Job]], progress: terminal.Progress
 ) -> Iterator[Job]:
-    """On the first process all jobs with their outcomes, in the order given; on the others none.
+    """On the first process, yields all jobs with outcomes, in the order given; on others, none.
 
-    Of N processes, number r answers the jobs r, r + N, r + 2 N and so on: `answer` loads the model
-    and gives the jobs of a share with their outcomes. The first process answers its share in a
-    thread, so that meanwhile it can print what others have answered.
-    Raises RuntimeError with the reason for which a process cannot go on, and ConnectionError with
-    the number of one that has died.
+    With N processes, process r answers the jobs r, r + N, r + 2 N and so on: `answer` loads the
+    model and yields the jobs of a share with their outcomes. The first process answers its share
+    in a thread, so that meanwhile it can print the answers of the others.
+    Raises RuntimeError with the reason if a process cannot continue, and ConnectionError with the
+    number of a process that has died.
     """
     rank = dist.get_rank()
-    torch.manual_seed((torch.initial_seed() + rank) % 2**64)  # no two draw the same tokens
+    torch.manual_seed((torch.initial_seed() + rank) % 2**64)  # each samples differently
     if rank > 0:
         answer_share(jobs, answer, send_to_first_process)
         return
@@ -118,14 +118,14 @@ def share_jobs(
 
 
 def answer_share(jobs: list[Job], answer: Callable, send: Callable) -> None:
-    """Sends each job that falls to this process, as soon as it is done: {its number: job}.
+    """Sends each job of this process's share as soon as it is done: {its number: job}.
 
-    Also sends warnings about recordings, and an exception if this process cannot go on.
+    Also sends warnings about recordings, and an exception if this process cannot continue.
     """
     numbers = range(dist.get_rank(), len(jobs), dist.get_world_size())
     try:
         share = answer([jobs[number] for number in numbers]) if numbers else []
-        if dist.get_rank() > 0:  # not before: what loading warns of, the first process says
+        if dist.get_rank() > 0:  # not before: the first process prints loading's warnings
             warnings.showwarning = lambda warning, *_: send(warning)
         for number, job in zip(numbers, share):
             send({number: job})
@@ -136,19 +136,19 @@ def answer_share(jobs: list[Job], answer: Callable, send: Callable) -> None:
 def send_to_first_process(message) -> None:
     try:
         dist.send_object_list([message], dst=0, device=CPU)
-    except RuntimeError:  # it has left, so nobody needs more answers
+    except RuntimeError:  # it has exited, so no more answers are needed
         os._exit(0)
 
 
 def receive(rank: int, put: Callable) -> None:
-    """Passes on the messages of a process until it ends."""
+    """Forwards the messages of a process until it ends."""
     messages = [None]
     try:
         while True:
             dist.recv_object_list(messages, src=rank, device=CPU)
             put(messages[0])
     except RuntimeError:
-        remedy = "give the same command again; with --output, it goes on where this one ended"
+        remedy = "run the same command again; with --output, it resumes where this run ended"
         put(ConnectionError(f"process {rank} has died; {remedy}"))
 
 
@@ -158,9 +158,9 @@ def start_thread(function: Callable, *arguments) -> None:
 
 # ---- Splitting the model ----
 
-# q, k, v, gate and up keep some of their output channels: rows of the weight (out, in), which
-# PyTorch calls column-wise, after the transposed weight. o and down keep the input channels that
-# match, and their outputs are added over the processes.
+# q, k, v, gate and up keep some of their output channels: rows of the weight (out, in), or columns
+# of the transposed weight, hence PyTorch's "column-wise". o and down keep the matching input
+# channels, and their outputs are summed over the processes.
 PLAN = {
     "model.layers.*.self_attn.q_proj": ColwiseParallel(),
     "model.layers.*.self_attn.k_proj": ColwiseParallel(),
@@ -176,9 +176,9 @@ PLAN = {
 def split_model(
     model: AudioFlamingo3ForConditionalGeneration, device: str | torch.device = "cpu"
 ) -> AudioFlamingo3ForConditionalGeneration:
-    """Leaves this process its part of the decoder and of lm_head, on a device; returns the model.
+    """Keeps only this process's part of the decoder and lm_head, on a device; returns the model.
 
-    Of weights that are memory-mapped, only this part is read.
+    If weights are memory-mapped, only this part is read.
     """
     processes = dist.get_world_size()
     config = model.config.text_config
@@ -190,17 +190,17 @@ def split_model(
             if fnmatch(name, pattern):
                 keep_part(linear, mesh, dim=1 if isinstance(style, RowwiseParallel) else 0)
     parallelize_module(model.language_model, mesh, PLAN)
-    # A cache that is made by this has the heads of this process only.
+    # A cache made with this configuration has only the heads of this process.
     own_heads = config.num_key_value_heads // processes
     model.config = replace(model.config, text_config=replace(config, num_key_value_heads=own_heads))
-    model.stream = naming_death(model.stream)
+    model.stream = reporting_death(model.stream)
     return model
 
 
 def keep_part(linear: nn.Linear, mesh: DeviceMesh, dim: int) -> None:
-    """Leaves this process its part of a weight (out, in): some rows (dim 0) or columns (1).
+    """Keeps only this process's part of a weight (out, in): some rows (dim 0) or columns (1).
 
-    `parallelize_module` takes it as it is. Whole weights it would send from the first process.
+    `parallelize_module` accepts such a part; it would send whole weights from the first process.
     """
     for name, whole in list(linear.named_parameters()):
         part = whole.chunk(mesh.size(), dim)[mesh.get_rank()].contiguous()
@@ -216,8 +216,8 @@ def keep_part(linear: nn.Linear, mesh: DeviceMesh, dim: int) -> None:
         setattr(linear, name, nn.Parameter(tensor, requires_grad=False))
 
 
-def naming_death(stream: Callable) -> Callable:
-    """The same steps; ConnectionError, which ends the program, if another process has died."""
+def reporting_death(stream: Callable) -> Callable:
+    """Makes `stream` raise ConnectionError, which ends the program, if another process dies."""
 
     def steps(*arguments, **options) -> Iterator[Tensor]:
         try:
@@ -226,7 +226,7 @@ def naming_death(stream: Callable) -> Callable:
             if not isinstance(error, dist.DistError) and "gloo" not in str(error):
                 raise
             raise ConnectionError(
-                "another process has died or cannot be reached; give the same command again "
+                "another process has died or cannot be reached; run the same command again "
                 f"({error})"
             ) from None
 
@@ -237,7 +237,7 @@ def naming_death(stream: Callable) -> Callable:
 
 
 def check_options(args: Namespace, is_for_many: bool) -> None:
-    """Refuses what several processes cannot do together."""
+    """Refuses options that several processes do not support."""
     if not dist.is_initialized():
         refuse("--tensor-parallel needs several processes: torchrun --nproc-per-node 2 generate.py")
     for name in ("chat", "explain", "save"):
@@ -248,13 +248,13 @@ def check_options(args: Namespace, is_for_many: bool) -> None:
             refuse("one recording is for one process; --tensor-parallel splits the model instead")
         return
     if args.timestamps:
-        refuse("--timestamps needs all heads, of which with --tensor-parallel a process has some")
+        refuse("--timestamps needs all heads; with --tensor-parallel a process has only some")
     if args.choose:
         refuse("--choose is for processes that share recordings, without --tensor-parallel")
     if args.int8 or args.int4:
-        refuse("--tensor-parallel takes no --int8 and no --int4")
+        refuse("--tensor-parallel does not support --int8 and --int4")
     if args.think or args.adapter:
-        refuse("--tensor-parallel takes no adapter; write the merged model with --save first")
+        refuse("--tensor-parallel does not support adapters; --save the merged model first")
     if STDIN in args.words:
         refuse("--tensor-parallel reads a recording in each process; give a file, not -")
 

@@ -4,28 +4,29 @@
     python -m extras.score answers.jsonl
     python -m extras.score answers.jsonl --by task --json
 
-A line that has an "error" in place of a response counts as an empty response.
+A line that has an "error" instead of a response counts as an empty response.
 
-exact   The share of lines whose response is the answer after normalization: NFKC, small letters,
-        no apostrophes ("don't" is "dont"), every other character that is no letter, digit or mark
-        as a space, single spaces.
-        Of a response, the model's introduction to a transcription is removed first, as by
+exact   The share of lines whose response equals the answer after normalization: NFKC, lowercase,
+        no apostrophes ("don't" becomes "dont"), every other character that is not a letter, digit
+        or mark replaced by a space, single spaces.
+        The model's introduction to a transcription is removed from the response first, as by
         `processor.decode(..., strip_prefix=True)`.
-wer     Word error rate: the fewest words to insert, delete and substitute to make the response of
-        the answer, both normalized, summed over lines; over the number of words in the answers.
-        Lines of multiple choice do not count here.
-choice  The share of multiple-choice lines with the right letter. Multiple choice is a line with
-        "choices", or with a prompt that lists "(A) ... (B) ...". The letter chosen is, by the
-        first of these rules that fits:
-          1. "(B)", alone or before anything else; but not with another such letter after it
+wer     Word error rate: the minimum number of word insertions, deletions and substitutions that
+        turn the answer into the response, both normalized, summed over lines; divided by the
+        number of words in the answers. Multiple-choice lines do not count here.
+choice  The share of multiple-choice lines with the right letter. A multiple-choice line has
+        "choices", or a prompt that lists "(A) ... (B) ...". The first of these rules that applies
+        gives the chosen letter:
+          1. "(B)", alone or at the beginning; but not if another such letter follows
           2. the text of a choice, after normalization
           3. "B", alone or before ".", ")" or ":"
           4. "answer is B", "answer: (B)", "option B" or "choice B", anywhere; the last one counts
           5. the only choice whose text is in the response, as whole words
-        Otherwise none is chosen, which is wrong. The right letter is read off the answer likewise.
+        Otherwise no letter is chosen, which is wrong. The same rules give the right letter from
+        the answer.
 
-Behind each figure stands its 95% interval: Wilson's for a share; for the word error rate, the
-middle 95% of 1000 sets of as many lines, drawn with replacement.
+Each figure is followed by its 95% confidence interval: Wilson's for a share; a bootstrap for the
+word error rate, the middle 95% of 1000 samples of as many lines, drawn with replacement.
 """
 
 import argparse
@@ -48,7 +49,7 @@ LETTERS = string.ascii_uppercase
 
 
 def normalize(text: str) -> str:
-    """Text as it is compared; the rules are at the top of this file."""
+    """Normalizes text for comparison, by the rules at the top of this file."""
     text = unicodedata.normalize("NFKC", text).lower()
     text = re.sub("['’]", "", text)
     characters = []
@@ -61,7 +62,8 @@ def normalize(text: str) -> str:
 def word_errors(response: str, answer: str) -> int:
     """The fewest insertions, deletions and substitutions of words from one to the other."""
     words = response.split()
-    distances = list(range(len(words) + 1))  # from the first words of `answer` so far
+    # From the words of `answer` so far to each prefix of `words`.
+    distances = list(range(len(words) + 1))
     for count, answer_word in enumerate(answer.split(), start=1):
         diagonal = distances[0]
         distances[0] = count
@@ -76,7 +78,7 @@ def word_errors(response: str, answer: str) -> int:
 
 
 def find_choices(entry: dict) -> list[str]:
-    """The texts of the choices, in order, of the field "choices" or listed in the prompt."""
+    """The texts of the choices, in order, from the field "choices" or from the prompt."""
     if entry.get("choices"):
         return entry["choices"]
     parts = re.split(r"\(([A-Z])\)", str(entry.get("prompt", "")))
@@ -88,7 +90,7 @@ def find_choices(entry: dict) -> list[str]:
 
 
 def chosen_letter(text: str, choices: list[str]) -> str | None:
-    """The letter of the choice that a text names, by the rules at the top of this file."""
+    """The letter of the choice given in a text, by the rules at the top of this file."""
     letters = LETTERS[: len(choices)]
     text = text.strip()
     normal = normalize(text)
@@ -117,7 +119,7 @@ def chosen_letter(text: str, choices: list[str]) -> str | None:
 
 @dataclass
 class Outcome:
-    """What a line counts for; None where a figure is not about it."""
+    """The score of a line. `choice` is None if it is not a multiple-choice line."""
 
     exact: bool
     errors: int  # in words
@@ -133,7 +135,7 @@ def score_line(entry, place: str) -> Outcome:
     if choices:
         right = chosen_letter(entry["answer"], choices)
         if right is None:
-            raise ValueError(f'{place}: its "answer" is none of its choices.')
+            raise ValueError(f'{place}: its "answer" is not one of its choices.')
         choice = chosen_letter(response, choices) == right
     response = normalize(strip_transcription_prefix(response))
     answer = normalize(entry["answer"])
@@ -142,7 +144,7 @@ def score_line(entry, place: str) -> Outcome:
 
 
 def summarize(outcomes: list[Outcome]) -> dict:
-    """{"lines": ..., "exact": [share, low, high], "wer": [...], "choice": [...]}; None without."""
+    """{"lines": ..., "exact": [share, low, high], "wer": [...], "choice": [...]}, or None."""
     open_ended = [outcome for outcome in outcomes if outcome.choice is None]
     choices = [outcome.choice for outcome in outcomes if outcome.choice is not None]
     return {
@@ -158,7 +160,7 @@ def share(outcomes: list[bool]) -> list[float] | None:
     n = len(outcomes)
     if n == 0:
         return None
-    z = 1.959964  # 95% of a normal distribution are within so many standard deviations
+    z = 1.959964  # 95% of a normal distribution lie within this many standard deviations
     p = sum(outcomes) / n
     center = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
@@ -181,9 +183,9 @@ def word_error_rate(outcomes: list[Outcome]) -> list[float] | None:
 
 
 def score_file(path: str, by: str | None = None) -> dict[str, dict]:
-    """The figures of all lines, under "all", and of each value of the field `by`.
+    """The figures for all lines, under "all", and for each value of the field `by`.
 
-    Raises ValueError, naming the line, for one that cannot be scored.
+    Raises ValueError, with the line's number, if a line cannot be scored.
     """
     groups = {"all": []}
     for place, entry in read_entries(path):
@@ -224,7 +226,7 @@ def table(figures: dict[str, dict]) -> str:
 
 
 def in_percent(figure: list[float] | None) -> str:
-    """Such as "97.3% (94.8 to 98.6)"."""
+    """Formats a figure, for example "97.3% (94.8 to 98.6)"."""
     if figure is None:
         return "-"
     value, low, high = [100 * number for number in figure]
@@ -232,7 +234,7 @@ def in_percent(figure: list[float] | None) -> str:
 
 
 def main() -> int:
-    """The exit status: 0, or 2 for bad input, with one line `error: ...`."""
+    """Returns 0, or 2 for bad input, after one line `error: ...`."""
     terminal.prepare_streams()
     parser = argparse.ArgumentParser(
         prog="python -m extras.score",

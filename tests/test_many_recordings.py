@@ -1,4 +1,4 @@
-"""Many recordings: a JSON line for each, in the order asked, each answered as if it were alone."""
+"""Many recordings: a JSON line for each, in the order given, each answered as if it were alone."""
 
 import io
 import json
@@ -25,7 +25,7 @@ ONE_TOKEN = ("--max-new-tokens", 1)
 
 @pytest.fixture
 def folder(tmp_path):
-    """Clips of 0.5 to 3 s in two folders, a text, and a text that is named like a sound."""
+    """Clips of 0.5 to 3 s in two folders, a text file, and one with the suffix of a sound."""
     clips = tmp_path / "clips"
     for number, seconds in enumerate((3, 0.5, 2, 1.5, 0.75)):
         path = clips / f"part {number % 2}" / f"{number}.wav"
@@ -42,8 +42,8 @@ def parse_lines(text):
 
 @pytest.fixture
 def run_lines(run):
-    """Runs the command line; the objects that it prints as JSON lines. The status is 1 if any of
-    them is an error."""
+    """Runs the command line; returns the objects that it prints as JSON lines. Checks that the exit
+    status is 1 if any of them is an error."""
 
     def call(*arguments):
         status, out, _ = run(*arguments)
@@ -75,14 +75,14 @@ def test_a_recording_that_cannot_be_read_gets_an_error_and_the_others_answers(ru
     assert err.startswith("answered 5 of 6 in ")
 
 
-def test_the_last_word_is_the_prompt_if_it_is_no_file(run_lines, clip, folder):
+def test_the_last_word_is_the_prompt_if_it_is_not_a_file(run_lines, clip, folder):
     without_prompt = run_lines(clip, clip, *ONE_TOKEN)
     with_prompt = run_lines(clip, folder / "part 0", "Who?", *ONE_TOKEN)
     assert {job["prompt"] for job in without_prompt} == {"Transcribe the input speech."}
     assert {job["prompt"] for job in with_prompt} == {"Who?"}
 
 
-def test_hidden_folders_are_skipped_and_a_file_is_taken_once(run_lines, clip, tmp_path):
+def test_hidden_folders_are_skipped_and_a_file_is_used_once(run_lines, clip, tmp_path):
     folder = tmp_path / "folder"
     (folder / ".hidden").mkdir(parents=True)
     write_wav(folder / ".hidden" / "a.wav", sound(8000))
@@ -91,7 +91,7 @@ def test_hidden_folders_are_skipped_and_a_file_is_taken_once(run_lines, clip, tm
     assert [Path(job["audio"]).name for job in jobs] == ["b.wav"]
 
 
-def test_a_folder_that_cannot_be_read_is_named(run, clip, tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_read_is_reported(run, clip, tmp_path, monkeypatch):
     locked = tmp_path / "folder" / "locked"
     locked.mkdir(parents=True)
     scandir = os.scandir
@@ -120,7 +120,7 @@ def test_a_job_is_yielded_as_soon_as_those_before_it_are_done(processor, model, 
 
 
 def record_lengths(monkeypatch):
-    """A list to which each batch adds the samples of its recordings."""
+    """A list that collects, for each batch, the lengths of its recordings in samples."""
     lengths = []
     call = AudioFlamingo3Processor.__call__
 
@@ -132,7 +132,7 @@ def record_lengths(monkeypatch):
     return lengths
 
 
-def test_recordings_of_like_length_share_a_batch(run, folder, monkeypatch):
+def test_recordings_of_similar_length_share_a_batch(run, folder, monkeypatch):
     lengths = record_lengths(monkeypatch)
     run(folder, "Hi", *ONE_TOKEN, "--batch-size", 2)
     assert lengths == [[8000, 12000], [24000, 32000], [48000]]
@@ -151,7 +151,7 @@ def test_a_batch_that_does_not_fit_in_memory_is_answered_one_by_one(run_lines, f
     assert sum("response" in job for job in jobs) == 5
 
 
-def test_a_recording_too_large_for_memory_is_an_error_of_its_own(run_lines, folder, monkeypatch):
+def test_a_recording_too_large_for_memory_gets_its_own_error(run_lines, folder, monkeypatch):
     load = AudioFlamingo3Processor.to_waveform
 
     def run_out_of_memory(processor, audio, name="audio"):
@@ -167,14 +167,14 @@ def test_a_recording_too_large_for_memory_is_an_error_of_its_own(run_lines, fold
 
 
 @pytest.mark.parametrize("end_ids, cut", [([0], 3), (list(range(1000)), 0)])
-def test_answers_that_the_limit_has_ended_are_counted(run, folder, spoiled, end_ids, cut):
+def test_answers_that_reach_the_limit_are_counted(run, folder, spoiled, end_ids, cut):
     path = spoiled / "generation_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": end_ids}))
     _, _, err = run(folder / "part 0", "Hi", "--max-new-tokens", 3, model=spoiled)
     assert ("ended by the limit, which --max-new-tokens sets: 3" in err) == (cut == 3)
 
 
-def test_a_warning_names_its_recording_every_time(run, clip, tmp_path):
+def test_every_warning_includes_its_recording(run, clip, tmp_path):
     long = write_wav(tmp_path / "long.wav", sound(601 * 16000))
     asked = {"audio": str(long), "prompt": "<sound><sound>"}  # refused, so nothing is computed
     prompts = write_lines(tmp_path / "in.jsonl", [asked, asked])
@@ -182,7 +182,7 @@ def test_a_warning_names_its_recording_every_time(run, clip, tmp_path):
     assert err == f"warning: {long}: 601.0 s of audio: only the first 600.0 s are used\n" * 2
 
 
-def test_times_that_mean_little_are_warned_of_by_the_recordings_name(run, clip, monkeypatch):
+def test_a_warning_that_times_mean_little_includes_the_recording(run, clip, monkeypatch):
     monkeypatch.setattr(Alignment, "follows_sound", False)
     _, _, err = run(clip, "Hi", *ONE_TOKEN, "--timestamps", "--batch-size", 2, "--quiet")
     assert err == f"warning: {clip}: {UNCLEAR}\n"
@@ -251,7 +251,7 @@ def test_an_array_is_read_like_lines(run_lines, clip, tmp_path):
 
 
 def stdin_of(text: str) -> io.TextIOWrapper:
-    """Standard input in an encoding that is not the text's own, which is UTF-8."""
+    """Standard input with another encoding than that of the text, which is UTF-8."""
     return io.TextIOWrapper(io.BytesIO(text.encode()), encoding="latin-1")
 
 
@@ -301,7 +301,7 @@ def test_choose_answers_with_the_likeliest_choice(run_lines, clip, tmp_path, mod
     prompts = write_lines(tmp_path / "in.jsonl", [entry])
     (job,) = run_lines("--prompts", prompts, "--choose")
 
-    # The same from whole sequences, each read anew.
+    # The same, with a separate forward pass for each choice.
     log_likelihoods = []
     for choice in choices:
         answer = [*processor.tokenizer.encode(choice), processor.end_id]
@@ -320,11 +320,11 @@ def test_choose_encodes_a_recording_once(run_lines, clip, tmp_path, monkeypatch)
     encoded = []
     forward = AudioFlamingo3Encoder.forward
 
-    def noting_forward(self, *arguments):
+    def counting_forward(self, *arguments):
         encoded.append(1)
         return forward(self, *arguments)
 
-    monkeypatch.setattr(AudioFlamingo3Encoder, "forward", noting_forward)
+    monkeypatch.setattr(AudioFlamingo3Encoder, "forward", counting_forward)
     entry = {"audio": clip, "prompt": "Which?", "choices": ["rain", "wind", "thunder"]}
     run_lines("--prompts", write_lines(tmp_path / "in.jsonl", [entry]), "--choose")
     assert len(encoded) == 1
@@ -348,7 +348,7 @@ def test_timestamps_are_fields_and_the_same_alone_and_in_a_batch(run, clip, tmp_
         assert [word["begin"] for word in job["words"]] == [w["begin"] for w in job_alone["words"]]
 
 
-def test_words_do_not_hinder_the_recognition_of_what_is_answered(run, clip, tmp_path):
+def test_answers_with_timestamps_are_recognized_as_answered(run, clip, tmp_path):
     output = tmp_path / "out.jsonl"
     options = [clip, "Hi", "--timestamps", *ONE_TOKEN, "--output", output]
     run(*options)
@@ -370,7 +370,9 @@ def test_words_do_not_hinder_the_recognition_of_what_is_answered(run, clip, tmp_
         ("choices", ["rain"], "--choose", "not for --choose"),
     ],
 )
-def test_timestamps_are_refused_where_they_cannot_be(run, tmp_path, field, value, option, reason):
+def test_timestamps_are_refused_where_they_are_impossible(
+    run, tmp_path, field, value, option, reason
+):
     entry = {"audio": "a.wav", field: value}
     prompts = write_lines(tmp_path / "in.jsonl", [entry])
     status, out, err = run("--prompts", prompts, "--timestamps", option)
@@ -410,7 +412,7 @@ def test_a_file_that_is_not_json_is_refused(run, tmp_path, content, reason):
         ('{"audio": "a.wav", "response": "mine"}', 'it has "response"'),
     ],
 )
-def test_what_is_wrong_with_an_entry_is_said_before_any_work(run, tmp_path, line, reason):
+def test_an_invalid_entry_is_reported_before_any_work(run, tmp_path, line, reason):
     prompts = tmp_path / "in.jsonl"
     prompts.write_text('{"audio": "a.wav"}\n\n' + line)
     status, out, err = run("--prompts", prompts)
@@ -442,10 +444,10 @@ def test_bad_input_gets_one_line_and_exit_status_2(run, clip, tmp_path, argument
     assert err.count("\n") == 1
 
 
-# ---- Going on after an interruption ----
+# ---- Resuming after an interruption ----
 
 
-def test_resume_leaves_out_what_has_an_answer_and_tries_errors_again(run_lines, folder, tmp_path):
+def test_resume_skips_answered_jobs_and_retries_errors(run_lines, folder, tmp_path):
     jobs = run_lines(folder, "Hi", *ONE_TOKEN)
     earlier = write_lines(tmp_path / "out.jsonl", [jobs[0], jobs[2], jobs[4]])
     with open(earlier, "a") as file:
@@ -467,7 +469,7 @@ def test_resume_reads_a_file_that_ends_within_a_character(run_lines, clip, tmp_p
     assert len(run_lines(clip, "Hi", *ONE_TOKEN, "--resume", earlier)) == 1
 
 
-def test_what_is_asked_twice_needs_two_answers(run, run_lines, clip, tmp_path):
+def test_a_job_that_occurs_twice_needs_two_answers(run, run_lines, clip, tmp_path):
     asked = {"audio": clip, "prompt": "Hi"}
     prompts = write_lines(tmp_path / "in.jsonl", [asked, asked])
     jobs = run_lines("--prompts", prompts, *ONE_TOKEN)
@@ -484,7 +486,7 @@ def test_entries_without_a_prompt_are_counted_unless_the_command_line_has_one(ru
     assert err == ""
 
 
-def test_several_bad_entries_are_named_at_once(run, clip, tmp_path):
+def test_several_bad_entries_are_reported_at_once(run, clip, tmp_path):
     entries = [{"audio": 7}, {"audio": clip}, {"prompt": "Hi"}, *[[]] * 5]
     status, _, err = run("--prompts", write_lines(tmp_path / "in.jsonl", entries))
     assert status == 2
@@ -495,7 +497,7 @@ def test_several_bad_entries_are_named_at_once(run, clip, tmp_path):
 
 
 @pytest.mark.parametrize("exists", [False, True])
-def test_a_first_run_may_name_the_file_to_resume_from(run_lines, clip, tmp_path, exists):
+def test_resume_may_be_given_in_the_first_run(run_lines, clip, tmp_path, exists):
     earlier = tmp_path / "out.jsonl"
     if exists:
         earlier.touch()  # as the shell does for `>> out.jsonl`
@@ -534,7 +536,7 @@ def test_an_interrupted_run_leaves_whole_lines_and_can_be_resumed(folder, micro,
     first_line = process.stdout.readline()
     process.send_signal(signal.SIGINT)
     rest, _ = process.communicate()
-    assert process.returncode in (130, 0)  # 0 if it had ended by then
+    assert process.returncode in (130, 0)  # 0 if it had already ended
     before = parse_lines((first_line + rest).decode())
     earlier.write_bytes(first_line + rest)
 
@@ -546,7 +548,7 @@ def test_an_interrupted_run_leaves_whole_lines_and_can_be_resumed(folder, micro,
 # ---- An output file ----
 
 
-def test_an_output_file_given_again_is_gone_on_with_and_nothing_stands_twice(run, folder, tmp_path):
+def test_an_output_file_given_again_is_completed_without_duplicates(run, folder, tmp_path):
     output = tmp_path / "out.jsonl"
     options = [folder, "Hi", *ONE_TOKEN, "--output", output]
     assert run(*options)[:2] == (1, "")
@@ -561,15 +563,15 @@ def test_an_output_file_given_again_is_gone_on_with_and_nothing_stands_twice(run
     assert parse_lines(output.read_text()) == second
 
 
-def test_an_output_file_that_was_cut_off_is_mended(run, folder, tmp_path):
+def test_an_output_file_that_was_cut_off_is_repaired(run, folder, tmp_path):
     output = tmp_path / "out.jsonl"
     options = [folder, "Hi", *ONE_TOKEN, "--output", output]
     run(*options)
     whole = output.read_text()
     output.write_text(whole[:-20])
     run(*options)
-    mended = parse_lines(output.read_text())
-    assert sorted(map(str, mended)) == sorted(map(str, parse_lines(whole)))
+    repaired = parse_lines(output.read_text())
+    assert sorted(map(str, repaired)) == sorted(map(str, parse_lines(whole)))
 
 
 def test_responses_to_other_questions_stay_in_an_output_file(run, clip, tmp_path):
@@ -584,7 +586,7 @@ def test_a_file_of_another_kind_is_not_overwritten(run, clip, tmp_path):
     output.write_text("dear diary\nsecond line\n")
     status, _, err = run(clip, "Hi", *ONE_TOKEN, "--output", output)
     assert status == 2
-    assert "notes.txt: line 1 is no answer" in err
+    assert "notes.txt: line 1 is not an answer" in err
     assert output.read_text() == "dear diary\nsecond line\n"
 
 
@@ -592,11 +594,11 @@ def test_a_file_of_another_kind_is_not_overwritten(run, clip, tmp_path):
     "content",
     ["my only notes", '[{"audio": "a.wav"}]', '{"mine": 1}', '{"audio": "a.wav", "prompt": "x"}\n'],
 )
-def test_a_last_line_that_is_no_answer_is_not_overwritten(run, clip, tmp_path, content):
+def test_a_last_line_that_is_not_an_answer_is_not_overwritten(run, clip, tmp_path, content):
     output = tmp_path / "mine.json"
     output.write_text(content)
     status, _, err = run(clip, "Hi", *ONE_TOKEN, "--output", output)
-    assert (status, "mine.json: line 1 is no answer" in err) == (2, True)
+    assert (status, "mine.json: line 1 is not an answer" in err) == (2, True)
     assert output.read_text() == content
 
 
@@ -608,7 +610,7 @@ def test_the_questions_are_not_overwritten_by_their_answers(run, clip, tmp_path)
     assert questions.read_text() == before
 
 
-def test_files_beside_the_output_are_left_alone_and_a_link_stays_one(run_lines, clip, tmp_path):
+def test_files_beside_the_output_are_left_alone_and_a_link_stays_a_link(run_lines, clip, tmp_path):
     store = tmp_path / "store.jsonl"
     store.write_text('{"audio": "x.wav", "response"')  # cut off, so the file is written anew
     link = tmp_path / "out.jsonl"
@@ -622,21 +624,21 @@ def test_files_beside_the_output_are_left_alone_and_a_link_stays_one(run_lines, 
     assert len(list(tmp_path.glob("*store*"))) == 2
 
 
-def test_two_runs_do_not_write_one_output(run, clip, tmp_path):
+def test_two_runs_do_not_write_to_the_same_output(run, clip, tmp_path):
     output = tmp_path / "out.jsonl"
     with open_output(str(output), []):
         status, _, err = run(clip, "Hi", *ONE_TOKEN, "--output", output)
-    assert (status, "another run is writing it" in err) == (2, True)
+    assert (status, "another run is writing to it" in err) == (2, True)
     assert run(clip, "Hi", *ONE_TOKEN, "--output", output)[0] == 0
 
 
-def test_a_name_of_fields_that_no_entry_has_is_refused(run, clip, tmp_path):
+def test_a_field_name_that_no_entry_has_is_refused(run, clip, tmp_path):
     questions = write_lines(tmp_path / "q.jsonl", [{"file": clip, "question": "What?"}])
     status, _, err = run("--prompts", questions, "--fields", "audio=file,prompt=questoin")
     assert (status, 'no entry has the field "questoin"' in err) == (2, True)
 
 
-def test_a_broken_link_in_a_folder_gets_its_line(run, clip, tmp_path):
+def test_a_broken_link_in_a_folder_gets_a_line_with_an_error(run, clip, tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "broken.wav").symlink_to(tmp_path / "nowhere.wav")
@@ -645,7 +647,7 @@ def test_a_broken_link_in_a_folder_gets_its_line(run, clip, tmp_path):
     assert "no such file" in parse_lines(out)[0]["error"]
 
 
-def test_a_file_that_is_not_utf_8_is_refused_by_line(run, clip, tmp_path):
+def test_a_file_that_is_not_utf_8_is_reported_with_the_line(run, clip, tmp_path):
     questions = tmp_path / "q.jsonl"
     questions.write_bytes(b'{"audio": "a.wav"}\n{"audio": "b.wav", "prompt": "gr\xf6\xdfe"}\n')
     status, _, err = run("--prompts", questions)

@@ -1,5 +1,5 @@
-"""Several processes: the lines of one, in its order; or the tokens of one, with half of the weights
-in each."""
+"""Several processes: the same lines as one process, in the same order; or the same tokens, with
+half of the weights in each."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def together(micro):
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Six recordings, of which the second cannot be read."""
+    """Six recordings, the second of which cannot be read."""
     recordings = tmp_path / "recordings"
     recordings.mkdir()
     for number, seconds in enumerate((3, 1, 0.5, 2, 1.5, 0.75)):
@@ -55,7 +55,7 @@ def lines_that_begin(word: str, text: str) -> list[str]:
 # ---- Sharing the recordings ----
 
 
-def test_lines_and_warnings_are_those_of_one_process(run, together, folder):
+def test_lines_and_warnings_equal_those_of_one_process(run, together, folder):
     options = [folder, "Hi", "--max-new-tokens", 8, "--batch-size", 2, "--timestamps"]
     status, out, err = run(*options)
     assert (status, out.count('"error"'), out.count('"words"')) == (1, 1, 5)
@@ -63,7 +63,7 @@ def test_lines_and_warnings_are_those_of_one_process(run, together, folder):
     assert result.stdout == out  # in the same order
     warnings = lines_that_begin("warning: ", result.stderr)
     assert warnings == lines_that_begin("warning: ", err)
-    assert any("3.wav" in warning for warning in warnings)  # which the second process has answered
+    assert any("3.wav" in warning for warning in warnings)  # answered by the second process
     assert result.stderr.splitlines()[-1].startswith("answered 5 of 6 in ")
     assert result.returncode == 0  # torchrun would take another status for a crash
 
@@ -84,14 +84,14 @@ def test_three_processes_finish_an_output_file_that_lacks_two_answers(
     assert "answered 2 of 2 (and 1 before)" in result.stderr
 
 
-# A program that takes the place of ffmpeg and kills the process that calls it.
+# A program that replaces ffmpeg and kills the process that calls it.
 KILLER = """#!/bin/sh
 [ "$RANK" = 1 ] && kill -9 $PPID
 """
 
 
 @pytest.mark.parametrize("option", ["--batch-size=1", "--tensor-parallel"])
-def test_the_death_of_a_process_is_named_in_one_line(together, folder, tmp_path, option):
+def test_the_death_of_a_process_is_reported_in_one_line(together, folder, tmp_path, option):
     (folder / "1.wav").rename(folder / "1.mp3")  # which ffmpeg has to read
     killer = tmp_path / "bin" / "ffmpeg"
     killer.parent.mkdir()
@@ -103,7 +103,7 @@ def test_the_death_of_a_process_is_named_in_one_line(together, folder, tmp_path,
     (line,) = lines_that_begin("error: ", result.stderr)
     name = "another process" if option == "--tensor-parallel" else "process 1"
     assert line.startswith(f"error: {name} has died")
-    assert "give the same command again" in line
+    assert "run the same command again" in line
 
 
 def test_a_single_recording_is_refused_in_one_line(together, clip):
@@ -116,7 +116,7 @@ def test_a_single_recording_is_refused_in_one_line(together, clip):
 # ---- Splitting the model ----
 
 
-def test_a_split_model_draws_the_tokens_of_a_whole_one(run, together, folder):
+def test_a_split_model_samples_the_tokens_of_a_whole_one(run, together, folder):
     options = [folder, "Hi", "--max-new-tokens", 24, "--sample", "--seed", 1, "--quiet"]
     _, out, _ = run(*options)
     assert out.count('"response"') == 5
@@ -146,7 +146,7 @@ def test_each_process_keeps_its_part_of_a_weight(alone, monkeypatch, rank, dim):
     assert linear.weight.shape == whole.shape
 
 
-def test_the_plan_names_every_linear_layer_of_the_decoder(alone, micro):
+def test_the_plan_covers_every_linear_layer_of_the_decoder(alone, micro):
     split = split_model(from_pretrained(micro, "cpu"))
     weights = [m.weight for m in split.language_model.modules() if isinstance(m, nn.Linear)]
     assert len(weights) == 7 * 2 + 1
@@ -170,7 +170,7 @@ __import__("os")._exit(0)
 """
 
 
-def test_a_process_of_two_has_half_of_the_heads_and_of_the_weights(micro, tmp_path):
+def test_each_of_two_processes_has_half_of_the_heads_and_weights(micro, tmp_path):
     program = tmp_path / "sizes.py"
     program.write_text(PART_SIZES)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -186,7 +186,7 @@ def test_a_process_of_two_has_half_of_the_heads_and_of_the_weights(micro, tmp_pa
         assert 0.5 <= float(share) < 0.52  # the norms are whole
 
 
-def test_heads_that_cannot_be_divided_are_refused_with_both_numbers(monkeypatch):
+def test_heads_that_cannot_be_divided_are_reported_with_both_numbers(monkeypatch):
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     reason = "num_key_value_heads, which is 1 in this model, .* processes, which is 2"
     with pytest.raises(ValueError, match=reason):
@@ -206,12 +206,12 @@ def test_one_process_is_not_enough_to_split_a_model(run, clip):
         (["--explain="], "--explain is for one process"),
         (["--tensor-parallel", "--timestamps"], "--timestamps needs all heads"),
         (["--tensor-parallel", "--choose"], "without --tensor-parallel"),
-        (["--tensor-parallel", "--int4"], "takes no --int8 and no --int4"),
-        (["--tensor-parallel", "--think"], "takes no adapter"),
-        (["--tensor-parallel", "--adapter", "x"], "takes no adapter"),
+        (["--tensor-parallel", "--int4"], "does not support --int8 and --int4"),
+        (["--tensor-parallel", "--think"], "does not support adapters"),
+        (["--tensor-parallel", "--adapter", "x"], "does not support adapters"),
     ],
 )
-def test_what_processes_cannot_do_together_is_refused(monkeypatch, options, reason):
+def test_options_that_several_processes_do_not_support_are_refused(monkeypatch, options, reason):
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     args = generate.make_parser().parse_args([*options, "a.wav"])
     with pytest.raises(ValueError, match=reason):

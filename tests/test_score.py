@@ -1,4 +1,4 @@
-"""Scores: each rule that extras/score.py states, and its intervals."""
+"""Scores: the rules and intervals that extras/score.py describes."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ from extras.score import (
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes entries as JSON lines; the path."""
+    """Writes entries as JSON lines; returns the path."""
 
     def call(*entries):
         path = tmp_path / "answers.jsonl"
@@ -68,7 +68,7 @@ def test_word_errors_are_the_fewest_changes(response, answer, errors):
     assert word_errors(response, answer) == errors
 
 
-def test_an_exact_match_is_one_after_normalization(write):
+def test_exact_matches_are_counted_after_normalization(write):
     figures = score_file(write(line("Rain.", "rain"), line("rain", "heavy rain")))
     assert figures["all"]["exact"][0] == 0.5
 
@@ -118,14 +118,14 @@ CHOICES = ["rain", "sea waves", "dog bark"]
         ("The answer is A. No, the answer is C", "C"),
         ("It sounds like sea waves to me", "B"),
         ("either rain or sea waves", None),
-        ("training", None),  # "rain" is no word of it
+        ("training", None),  # it contains "rain", but not as a word
         ("A dog is barking", None),  # an article
         ("(D)", None),
         ("wind", None),
         ("", None),
     ],
 )
-def test_the_letter_of_a_choice_is_read_off_a_response(text, letter):
+def test_the_letter_of_a_choice_is_found_in_a_response(text, letter):
     assert chosen_letter(text, CHOICES) == letter
 
 
@@ -142,7 +142,7 @@ def test_choices_are_those_of_the_field_or_of_the_prompt():
 
 
 @pytest.mark.parametrize("answer", ["B", "(B)", "(B) sea waves", "Sea waves"])
-def test_the_right_letter_is_read_off_the_answer_in_the_same_way(write, answer):
+def test_the_right_letter_is_found_in_the_answer_by_the_same_rules(write, answer):
     entries = [
         line(answer, "The answer is B", choices=CHOICES),
         line(answer, "(A) rain", choices=CHOICES),
@@ -202,7 +202,7 @@ def run(monkeypatch, capsys):
     return call
 
 
-def test_any_field_divides_the_lines(write, run):
+def test_lines_can_be_grouped_by_any_field(write, run):
     entries = [line("a", "a", task="x"), line("b", "b", task="y"), line("c", "d", task="y")]
     status, out, _ = run(write(*entries), "--by", "task")
     assert status == 0
@@ -229,11 +229,11 @@ def test_json_has_the_same_figures(write, run):
         ({"answer": "x"}, 'line 2: it has no "response"'),
         ({"answer": "x", "response": 7}, 'line 2: "response" is 7'),
         (line("x", "x", choices="x"), 'line 2: "choices" is "x"'),
-        (line("(D)", "(A)", choices=CHOICES), 'line 2: its "answer" is none of its choices'),
+        (line("(D)", "(A)", choices=CHOICES), 'line 2: its "answer" is not one of its choices'),
         (line("x", "x"), 'line 2: it has no "task"'),
     ],
 )
-def test_a_line_that_cannot_be_scored_is_named(write, run, entry, reason):
+def test_a_line_that_cannot_be_scored_is_reported(write, run, entry, reason):
     path = write(line("x", "x", task="x"), entry)
     status, out, err = run(path, "--by", "task")
     assert (status, out) == (2, "")
