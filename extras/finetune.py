@@ -1,19 +1,19 @@
-"""Teaches the model a task from examples, by LoRA or as a whole, with PyTorch alone.
+"""Fine-tunes the model on examples, with LoRA or in full, using only PyTorch.
 
     python -m extras.finetune train.jsonl --model MODEL --output DIR
     python -m extras.finetune train.jsonl --model MODEL --output DIR --resume
     torchrun --nproc-per-node 2 -m extras.finetune train.jsonl --model MODEL --output DIR
 
-Each line of train.jsonl is such as {"audio": "a.wav", "prompt": "Who speaks?", "answer": "theo"}.
-The loss is the cross-entropy of the answer's tokens and of the end of the turn. Nothing else is
-learned: a model that also learns to predict its prompts forgets what it was asked for.
+A line of train.jsonl: {"audio": "a.wav", "prompt": "Who speaks?", "answer": "theo"}.
+The loss is the cross-entropy of the answer's tokens and of the end of the turn. The prompts do not
+count: a model that also learns to predict its prompts stops following them.
 
-By LoRA the weights stay as they are, and two thin matrices beside each are trained (lora.py).
-DIR then holds an adapter as `peft` saves it: for `generate.py --adapter DIR` here, and for
-transformers. With --full everything is trained, and DIR holds a whole checkpoint.
+With LoRA the weights are frozen, and two low-rank matrices for each are trained (lora.py). DIR then
+contains an adapter in `peft`'s format, for `generate.py --adapter DIR` and for transformers. With
+--full all weights are trained, and DIR contains a whole checkpoint.
 
 From Python: `finetune(model, processor, examples, "DIR", Settings(epochs=1))`.
-Letters in shapes: B rows of a batch, T tokens, H hidden size, N tokens of all answers.
+Letters in shapes: B rows of a batch, T tokens, H hidden size, N answer tokens in the batch.
 """
 
 import argparse
@@ -54,12 +54,12 @@ from plumbing.save_checkpoint import check_can_save, new_files
 from processor import AudioFlamingo3Processor, Batch
 
 STATE_FILE = "training_state.pt"
-SHOWN_ANSWERS = 4  # held-out answers that a report prints
+SHOWN_ANSWERS = 4  # held-out examples whose answers a report prints
 
 
 @dataclass
 class Settings:
-    """What decides how the weights come out. A run can be resumed only with the same."""
+    """All settings that affect the trained weights. A run is resumed with the same ones only."""
 
     model: str | None = None  # the name of the checkpoint, written into the adapter
     rank: int = 16  # rows of A, columns of B
@@ -69,9 +69,9 @@ class Settings:
     full: bool = False  # train all weights instead
     epochs: int = 3
     batch_size: int = 8  # examples in a step, on each process
-    learning_rate: float = 2e-4  # the highest
-    warmup: float = 0.05  # the part of all steps in which the learning rate rises
-    held_out: float = 0.05  # the part of the examples that is not trained on
+    learning_rate: float = 2e-4  # at the peak
+    warmup: float = 0.05  # the fraction of the steps in which the learning rate rises
+    held_out: float = 0.05  # the fraction of the examples that is not trained on
     seed: int = 0
 
     def __post_init__(self):
@@ -89,9 +89,9 @@ class Example:
 
 
 def read_examples(path: str, processor: AudioFlamingo3Processor, max_tokens: int) -> list[Example]:
-    """The examples in a file of JSON lines or a JSON array. Every recording is read once.
+    """Reads the examples in a file of JSON lines or a JSON array, and each recording once.
 
-    Raises ValueError, which names bad lines by their numbers; max_tokens is the model's limit.
+    Raises ValueError with the numbers of bad lines. max_tokens is the model's limit.
     """
     examples = []
     faults = []
@@ -137,7 +137,7 @@ def read_example(
 
 
 def hold_out(examples: list[Example], settings: Settings) -> tuple[list[Example], list[Example]]:
-    """The examples to train on, and those of which only loss and answers are looked at."""
+    """Splits the examples into those to train on and those held out for evaluation."""
     count = math.ceil(settings.held_out * len(examples))
     shuffled = random.Random(settings.seed).sample(examples, len(examples))
     return shuffled[count:], shuffled[:count]
@@ -146,10 +146,10 @@ def hold_out(examples: list[Example], settings: Settings) -> tuple[list[Example]
 def plan_batches(
     examples: list[Example], batch_size: int, settings: Settings
 ) -> list[list[Example]]:
-    """The batch of each step of the training, known before it begins: so it can be resumed.
+    """The batch of each training step, planned in advance so that a run can be resumed.
 
-    An epoch takes the examples in random order, 16 batches at a time, and sorts these by length,
-    so that little is padded. Examples that fill no batch are left out of the epoch.
+    Each epoch shuffles the examples, and sorts every 16 batches by length to reduce padding.
+    Examples that do not fill a batch are left out of the epoch.
     """
     plan = []
     for epoch in range(settings.epochs):
@@ -168,7 +168,7 @@ def plan_batches(
 def make_batch(examples: list[Example], processor: AudioFlamingo3Processor) -> Batch:
     chats = [example.messages for example in examples]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # `read_examples` has shown what is odd about a recording
+        warnings.simplefilter("ignore")  # `read_examples` has already shown the warnings
         return processor.apply_chat_template(chats, output_labels="answer")
 
 
@@ -178,7 +178,7 @@ def make_batch(examples: list[Example], processor: AudioFlamingo3Processor) -> B
 def make_trainable(
     model: AudioFlamingo3ForConditionalGeneration, settings: Settings
 ) -> dict[str, nn.Parameter]:
-    """Gives the model its factors, or frees all weights; returns what is trained, by name."""
+    """Adds LoRA factors, or unfreezes all weights; returns the trained parameters by name."""
     torch.manual_seed(settings.seed)
     if settings.full:
         model.float().requires_grad_(True)
@@ -190,8 +190,8 @@ def make_trainable(
 
 
 def save_memory(model: AudioFlamingo3ForConditionalGeneration) -> None:
-    """Gradient checkpointing (Chen et al. 2016): what is inside a layer is computed again when
-    its gradient is, and not kept until then."""
+    """Gradient checkpointing (Chen et al. 2016): activations inside a layer are recomputed in the
+    backward pass instead of kept."""
     for layer in [*model.audio_tower.layers, *model.language_model.model.layers]:
         layer.forward = partial(
             checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
@@ -201,11 +201,12 @@ def save_memory(model: AudioFlamingo3ForConditionalGeneration) -> None:
 class AnswerLoss(nn.Module):
     """The cross-entropy of the answers in a batch, summed over their tokens.
 
-    The logits are computed where an answer's token is predicted only: (N, V). All of them,
-    (B, T, V), would take gigabytes.
-    A module of its own, because DistributedDataParallel wants one. Its parameters are those that
-    are trained. The model is in a tuple, where nn.Module does not look for more of them: else
-    every process would be sent all frozen weights.
+    Logits are computed only where an answer's token is predicted: (N, V). All of them, (B, T, V),
+    would take gigabytes.
+
+    DistributedDataParallel requires a module. This one registers only the trained parameters: the
+    model is in a tuple, which hides it from nn.Module, because otherwise every process would be
+    sent all frozen weights.
     """
 
     def __init__(self, model: AudioFlamingo3ForConditionalGeneration, trained=()):
@@ -238,8 +239,8 @@ def finetune(
 ) -> None:
     """Trains the model and writes the result to the directory `output`.
 
-    Every `save_every` steps it prints a report and writes the state from which a run that was
-    killed is resumed. A resumed run ends with the weights of one that was never killed.
+    Every `save_every` steps it prints a report and saves its state. A run that was killed can be
+    resumed from there; it ends with the same weights as a run that was never killed.
     """
     check_at_least_one("save_every", save_every)
     trained_on, held_out = hold_out(examples, settings)
@@ -266,7 +267,7 @@ def finetune(
         report.add(step + 1, loss, rate)
         is_last = step + 1 == len(plan)
         if is_first_process() and (is_last or (step + 1) % save_every == 0):
-            # The state comes after the adapter: a state that says "done" has one beside it.
+            # The adapter is saved first, so that it exists when the state says "done".
             if not settings.full:
                 save_adapter(model, output, settings.model)
             elif is_last:
@@ -279,14 +280,14 @@ def finetune(
 def train_step(
     answer_loss: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, rate: float
 ) -> float:
-    """One step of the optimizer; returns the mean loss of a token on this process."""
+    """One step of the optimizer; returns the mean loss per token on this process."""
     num_tokens = (batch["labels"] != -100).sum()
     all_tokens = num_tokens.clone()
     if num_processes() > 1:
         dist.all_reduce(all_tokens)
     loss = answer_loss(batch)
-    # Gradients are those of the mean over the tokens of all processes.
-    # DistributedDataParallel divides their sum by the number of processes; this undoes it.
+    # Gradients of the mean loss over the tokens of all processes: DistributedDataParallel divides
+    # their sum by the number of processes, so multiply by it.
     (loss * num_processes() / all_tokens).backward()
     parameters = optimizer.param_groups[0]["params"]
     nn.utils.clip_grad_norm_(parameters, max_norm=1.0)
@@ -297,7 +298,7 @@ def train_step(
 
 
 def learning_rate(step: int, steps: int, settings: Settings) -> float:
-    """Rises in a straight line to the highest, then falls along half a cosine to zero."""
+    """Linear warmup to the peak, then cosine decay to zero."""
     warmup_steps = max(1, round(settings.warmup * steps))
     if step < warmup_steps:
         return settings.learning_rate * (step + 1) / warmup_steps
@@ -309,7 +310,7 @@ def learning_rate(step: int, steps: int, settings: Settings) -> float:
 
 
 class Report:
-    """A line of progress, in a terminal after every step, and what the held-out examples give."""
+    """Prints progress, in a terminal after every step, and an evaluation of held-out examples."""
 
     def __init__(self, steps: int, first_step: int, num_examples: int, num_held_out: int):
         self.steps = steps
@@ -347,12 +348,12 @@ class Report:
         print(f"  held out: loss {held_out_loss(model, processor, held_out, batch_size):.4f}")
         for example in held_out[:SHOWN_ANSWERS]:
             response = terminal.one_line(answer(model, processor, example))
-            print(f"  {response!r}, where {example.answer!r} is right", flush=True)
+            print(f"  {response!r}, expected {example.answer!r}", flush=True)
 
 
 @torch.no_grad()
 def held_out_loss(model, processor, examples: list[Example], batch_size: int) -> float:
-    """The mean loss of a token in the answers of these examples."""
+    """The mean loss per answer token of these examples."""
     total = 0.0
     num_tokens = 0
     ordered = sorted(examples, key=lambda example: example.length)
@@ -372,31 +373,31 @@ def answer(model, processor, example: Example) -> str:
     return processor.decode(ids[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-# ---- Saving, and going on after an interruption ----
+# ---- Saving, and resuming after an interruption ----
 
 
 class State:
-    """All that decides how a run goes on: the step, what is trained, the optimizer's moments."""
+    """What a run is resumed from: the step, the trained weights, the optimizer's moments."""
 
     def __init__(self, output: Path, identity: dict, trained: dict, optimizer):
         self.output = output
         self.path = output / STATE_FILE
-        self.identity = json.loads(json.dumps(identity))  # tuples as lists, as they come back
+        self.identity = json.loads(json.dumps(identity))  # with lists for tuples
         self.trained = trained
         self.optimizer = optimizer
 
     def start(self) -> int:
-        """The first step of a new run. Refuses to replace what another has written."""
+        """The first step of a new run. Refuses to overwrite the files of another run."""
         for name in (STATE_FILE, "adapter_model.safetensors", "config.json"):
             if (self.output / name).exists():
                 raise ValueError(
-                    f"{self.output}: {name} is there already; --resume goes on with a run, "
+                    f"{self.output}: {name} already exists; resume its run with --resume, "
                     "or choose another directory."
                 )
         return 0
 
     def save(self, step: int) -> None:
-        """Replaces the file as a whole, so that one of an earlier step is there until then."""
+        """Saves the state atomically: the earlier one is kept until this one is complete."""
         content = {
             "step": step,
             "identity": self.identity,
@@ -407,7 +408,7 @@ class State:
             torch.save(content, folder / STATE_FILE)
 
     def load(self) -> int:
-        """The step to go on with: 0 if the run was killed before it saved anything."""
+        """Loads the state; returns the step to resume from: 0 if the run has not saved anything."""
         if not self.path.exists():
             return 0
         try:
@@ -418,7 +419,7 @@ class State:
             if content["identity"].get(name) != value:
                 raise ValueError(
                     f"{self.output}: its run has {name} {content['identity'].get(name)}, not "
-                    f"{value}; --resume goes on with the same settings and lines only."
+                    f"{value}; --resume needs the same settings and lines."
                 )
         for name, parameter in self.trained.items():
             parameter.data.copy_(content["weights"][name])
@@ -427,7 +428,7 @@ class State:
 
 
 def digest(examples: list[Example]) -> str:
-    """Tells one training set from another."""
+    """A hash that identifies a training set."""
     content = json.dumps([example.messages for example in examples])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
@@ -447,7 +448,7 @@ def check_settings(settings: Settings) -> None:
     for target in settings.targets:
         if target not in (*DECODER_LINEARS, HEAD):
             known = ", ".join((*DECODER_LINEARS, HEAD))
-            raise ValueError(f"targets: {target!r} is none of {known}.")
+            raise ValueError(f"targets: {target!r} is not one of {known}.")
 
 
 def check_at_least_one(name: str, value: int) -> None:
@@ -461,13 +462,13 @@ def check_loss(loss: float, step: int) -> None:
 
 
 def check_can_write(directory: Path) -> None:
-    """Refuses now what would fail after the training."""
+    """Checks before training that the result can be written after it."""
     check_can_save(directory)
     existing = directory.absolute()
     while not existing.exists():
         existing = existing.parent
     if not os.access(existing, os.W_OK) or not existing.is_dir():
-        raise ValueError(f"{directory}: {existing} is no directory that can be written to.")
+        raise ValueError(f"{directory}: {existing} is not a writable directory.")
 
 
 def check_enough(examples: list[Example], batch_size: int) -> None:
@@ -492,41 +493,41 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("lines", metavar="train.jsonl", help='JSON lines with "audio", "prompt" and "answer"')
     add("--model", required=True, help="a directory or cached hub name")
-    add("--output", required=True, metavar="DIR", help="where the adapter, or all, is written")
-    add("--resume", action="store_true", help="go on with the run in DIR that was interrupted")
+    add("--output", required=True, metavar="DIR", help="the directory to write")
+    add("--resume", action="store_true", help="resume the interrupted run in DIR")
     add("--device", default="auto", help="cpu, cuda or mps (default: the best available)")
     rank_help = "the rank of the factors (default: %(default)s)"
     add("--rank", type=int, default=Settings.rank, metavar="N", help=rank_help)
     alpha_help = "scale times rank (default: %(default)s)"
     add("--alpha", type=float, default=Settings.alpha, metavar="A", help=alpha_help)
-    targets_help = """the linear layers of the decoder that get factors, such as q_proj,v_proj;
-    lm_head may be one (default: all but lm_head)"""
+    targets_help = """the linear layers of the decoder that get factors, for example
+    q_proj,v_proj; lm_head is also possible (default: all but lm_head)"""
     every_target = ",".join(DECODER_LINEARS)
     add("--targets", default=every_target, metavar="NAMES", help=targets_help)
-    add("--projector", action="store_true", help="the projector's layers get factors too")
-    full_help = "train all weights, in float32; the four options before this have no effect then"
+    add("--projector", action="store_true", help="add factors to the projector's layers too")
+    full_help = "train all weights, in float32; the four options above then have no effect"
     add("--full", action="store_true", help=full_help)
-    epochs_help = "how often each example is trained on (default: %(default)s)"
+    epochs_help = "passes over the examples (default: %(default)s)"
     add("--epochs", type=int, default=Settings.epochs, metavar="N", help=epochs_help)
-    batch_help = "examples in a step, on each process (default: %(default)s)"
+    batch_help = "examples per step, on each process (default: %(default)s)"
     add("--batch-size", type=int, default=Settings.batch_size, metavar="N", help=batch_help)
-    rate_help = "the highest (default: %(default)s)"
+    rate_help = "the peak learning rate (default: %(default)s)"
     add("--learning-rate", type=float, default=Settings.learning_rate, metavar="R", help=rate_help)
-    warmup_help = "the part of the steps in which the rate rises (default: %(default)s)"
+    warmup_help = "the fraction of the steps in which the rate rises (default: %(default)s)"
     add("--warmup", type=float, default=Settings.warmup, metavar="PART", help=warmup_help)
-    held_out_help = "the part of the lines that is only looked at (default: %(default)s)"
+    held_out_help = "the fraction of the lines to evaluate on, not train on (default: %(default)s)"
     add("--held-out", type=float, default=Settings.held_out, metavar="PART", help=held_out_help)
-    every_help = "save, and look at what is held out, every N steps (default: %(default)s)"
+    every_help = "save and evaluate every N steps (default: %(default)s)"
     add("--save-every", type=int, default=100, metavar="N", help=every_help)
-    checkpointing_help = "compute layers again for their gradients: less memory, a third slower"
+    checkpointing_help = "recompute activations in the backward pass: less memory, a third slower"
     add("--gradient-checkpointing", action="store_true", help=checkpointing_help)
-    seed_help = "of the order of examples and the first factors (default: %(default)s)"
+    seed_help = "for the order of examples and the initial factors (default: %(default)s)"
     add("--seed", type=int, default=Settings.seed, metavar="N", help=seed_help)
     return parser
 
 
 def main() -> int:
-    """The exit status: 0, or 2 for bad input or too little memory, with one line `error: ...`."""
+    """Returns 0, or 2 for bad input or too little memory, after one line `error: ...`."""
     terminal.prepare_streams()
     terminal.exit_on_interrupt(end_line=False)
     try:
@@ -553,7 +554,7 @@ def run(args: argparse.Namespace) -> None:
         seed=args.seed,
     )
     if is_quantized(args.model):
-        raise ValueError(f"{args.model} is quantized; train the model that it was made of.")
+        raise ValueError(f"{args.model} is quantized; train the model that it was made from.")
     check_can_write(Path(args.output))
     device = join_processes(args.device)
     processor = AudioFlamingo3Processor.from_pretrained(args.model)
@@ -565,12 +566,12 @@ def run(args: argparse.Namespace) -> None:
     with terminal.memory_hint("use --gradient-checkpointing or a smaller --batch-size"):
         finetune(model, processor, examples, args.output, settings, args.save_every, args.resume)
     if dist.is_initialized():
-        dist.barrier()  # the first process still writes when the others are done
+        dist.barrier()  # the first process may still be writing when the others are done
         dist.destroy_process_group()
 
 
 def join_processes(device: str) -> str:
-    """Joins the other processes that torchrun has started; returns the device of this one."""
+    """Joins the processes that torchrun has started; returns the device of this one."""
     if num_processes() == 1:
         return device
     if device == "auto" and torch.cuda.is_available():
@@ -582,4 +583,4 @@ def join_processes(device: str) -> str:
 if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
-    os._exit(status)  # sys.exit sometimes aborts in the threads that gloo has left
+    os._exit(status)  # sys.exit sometimes aborts in threads that gloo has left running

@@ -1,9 +1,9 @@
-"""LoRA adapters (Hu et al. 2021): layers to train them, and their files, as `peft` writes them.
+"""LoRA adapters (Hu et al. 2021): layers to train them, and their files, in the format of `peft`.
 
-An adapter leaves a weight W (out, in) as it is and learns what to add to it, as the product of
-two thin matrices: W + scale * B @ A, with A (rank, in), B (out, rank) and scale = alpha / rank.
-finetune.py trains adapters; AF-Think is one of NVIDIA's. To use one, it is merged: then the
-model is as fast as without it.
+An adapter leaves a weight W (out, in) unchanged and learns an update, the product of two low-rank
+matrices: W + scale * B @ A, with A (rank, in), B (out, rank) and scale = alpha / rank.
+finetune.py trains adapters; AF-Think is one from NVIDIA. For inference an adapter is merged into
+the weights, so the model is as fast as without it.
 """
 
 import math
@@ -29,23 +29,23 @@ DECODER_LINEARS = (
     *("q_proj", "k_proj", "v_proj", "o_proj"),  # attention
     *("gate_proj", "up_proj", "down_proj"),  # feed-forward
 )
-HEAD = "lm_head"  # for answers in words that the model has hardly ever said
+HEAD = "lm_head"  # for answers in words that the model rarely generates
 
-OTHERS = "non_lora_trainables.bin"  # what was trained as a whole, beside the factors
+OTHERS = "non_lora_trainables.bin"  # tensors trained in full, besides the factors
 
 
 # ---- Layers to train ----
 
 
 class LoraLinear(nn.Module):
-    """A linear layer that stays as it is, and the two factors of what is added to its weight."""
+    """A linear layer that is not trained, and the two factors of the update to its weight."""
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float):
         super().__init__()
         self.linear = linear
         self.rank = rank
         self.alpha = alpha
-        # In float32 whatever the weight's dtype: a step of training is too small for bfloat16.
+        # In float32 whatever the weight's dtype: training steps are too small for bfloat16.
         like = {"dtype": torch.float32, "device": linear.weight.device}
         self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, **like))
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, **like))
@@ -58,9 +58,9 @@ class LoraLinear(nn.Module):
 
 
 def choose_layers(model: nn.Module, targets: tuple[str, ...], projector: bool) -> list[str]:
-    """The names of the decoder's linear layers that are called as `targets` are: q_proj, ...
+    """The full names of the decoder's linear layers called q_proj or another of `targets`.
 
-    With those of the projector, if that is wanted.
+    Includes the projector's linear layers if `projector` is true.
     """
     names = []
     for name, module in model.named_modules():
@@ -73,7 +73,7 @@ def choose_layers(model: nn.Module, targets: tuple[str, ...], projector: bool) -
 
 
 def add_factors(model: nn.Module, name: str, rank: int, alpha: float) -> None:
-    """Puts a `LoraLinear` in the place of the linear layer of this name."""
+    """Replaces the linear layer of this name by a `LoraLinear`."""
     parent, _, child = name.rpartition(".")
     lora = LoraLinear(model.get_submodule(name), rank, alpha)
     setattr(model.get_submodule(parent), child, lora)
@@ -83,9 +83,9 @@ def add_factors(model: nn.Module, name: str, rank: int, alpha: float) -> None:
 
 
 def save_adapter(model: nn.Module, output: str | Path, base_model: str | None = None) -> None:
-    """Writes the factors of a model, as peft does for transformers' model.
+    """Writes the factors of a model as peft does for transformers' model.
 
-    base_model: the name of the checkpoint that they belong to.
+    base_model: the name of the checkpoint they were trained on.
     """
     layers = []
     tensors = {}
@@ -104,7 +104,7 @@ def save_adapter(model: nn.Module, output: str | Path, base_model: str | None = 
 
 
 def transformers_name(name: str) -> str:
-    """A module's name in transformers' model, which is not that in its checkpoint."""
+    """A module's name in transformers' model, which differs from that in its checkpoint."""
     name = f"{name}."
     for theirs, ours in TRANSFORMERS_5_NAMES.items():
         if name.startswith(ours):
@@ -117,7 +117,7 @@ def transformers_name(name: str) -> str:
 
 
 def find_think_adapter(path: str | Path) -> Path:
-    """The directory of AF-Think's adapter in a checkpoint: think/, or stage35/ in the original."""
+    """AF-Think's adapter in a checkpoint: think/, or stage35/ in the original layout."""
     folder = find_checkpoint(path)
     original = folder / "stage35"
     think = original if original.is_dir() else folder / "think"
@@ -125,17 +125,16 @@ def find_think_adapter(path: str | Path) -> Path:
         raise FileNotFoundError(
             f"{think}: no such directory; the AF-Think adapter is expected there, or in stage35/."
         )
-    check_is_there(think / OTHERS)  # it has weights that are not LoRA
+    check_is_there(think / OTHERS)  # AF-Think has weights besides its factors
     return think
 
 
 def merge_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Merges the adapter in a directory, as `peft` saves it, into the model's weights.
+    """Merges the adapter in a directory, in the format of `peft`, into the model's weights.
 
-    The sum is in float32 and rounded once, to the weight's dtype. What was trained beside the
-    adapter (in non_lora_trainables.bin, if it is there) replaces the model's own. Returns the
-    model. Raises FileNotFoundError or ValueError; a tensor that has no place in the model is
-    named.
+    The sum is computed in float32 and rounded once, to the weight's dtype. Tensors trained in full
+    (in non_lora_trainables.bin, if it exists) replace the model's own. Returns the model. Raises
+    FileNotFoundError, or ValueError, for example for tensors that have no place in the model.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -169,7 +168,7 @@ def merge_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
 
 
 def merged_name(name: str) -> str:
-    """The model's name for a tensor of an adapter, in which a layer with factors may be whole."""
+    """The model's name for a tensor of an adapter; .base_layer. marks the weight beside factors."""
     return model_name(name).replace(".base_layer.", ".")
 
 
@@ -181,13 +180,13 @@ def lora_scale(config: dict, rank: int) -> float:
 
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter's one or two files, under their own names."""
+    """Reads the tensors of an adapter's one or two files, under their names in the files."""
     tensors = {}
     path = folder / OTHERS
     check_is_file(path)
     if path.exists():
         with errors_naming(path):
-            # A pickle, which can run code when it is read. weights_only refuses all but tensors.
+            # A pickle can run code when it is loaded. weights_only allows only tensors.
             tensors = dict(torch.load(path, map_location="cpu", weights_only=True))
             check_floating_point(tensors)
     path = folder / "adapter_model.safetensors"
@@ -208,4 +207,4 @@ def check_adapter_config(config: dict, path: Path) -> None:
 def check_floating_point(tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            raise ValueError(f"{name} is expected to be a tensor of floating point.")
+            raise ValueError(f"{name} is expected to be a floating-point tensor.")

@@ -1,4 +1,4 @@
-"""An adapter whose factors are formulas, so that tests and goldens need no file of it."""
+"""An adapter with factors computed by formulas, so that tests and goldens need no file."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ TARGETS = (*DECODER_LINEARS, HEAD)
 
 
 def with_factors(checkpoint: Path) -> AudioFlamingo3ForConditionalGeneration:
-    """The model with its factors still apart, of rank 2 and scale 3, in all layers."""
+    """The model with unmerged factors of rank 2 and scale 3 in all layers."""
     model = AudioFlamingo3ForConditionalGeneration.from_pretrained(checkpoint, "cpu")
     for name in choose_layers(model, TARGETS, projector=True):
         add_factors(model, name, rank=2, alpha=6.0)

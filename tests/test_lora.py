@@ -1,6 +1,7 @@
-"""Adapters: merged weights give the logits of peft's own merge, in every spelling of the names.
+"""Adapters: merged weights give the logits of peft's own merge, in every naming of the tensors.
 
-And what is saved here, peft loads: adapter_goldens.npz is what make_adapter_goldens.py saw it give.
+peft also loads what is saved here: make_adapter_goldens.py recorded its logits and names in
+adapter_goldens.npz.
 """
 
 import os
@@ -109,14 +110,14 @@ def test_an_adapter_of_factors_alone_needs_no_other_file(checkpoint, tmp_path):
     folder = shutil.copytree(checkpoint / "think", tmp_path / "adapter")
     (folder / OTHERS).unlink()
     merged = merge_adapter(load(checkpoint), folder)
-    of_think = load_merged(checkpoint).state_dict()
+    think_weights = load_merged(checkpoint).state_dict()
     others = torch.load(checkpoint / "think" / OTHERS)
     for name, tensor in merged.state_dict().items():
-        assert torch.equal(tensor, of_think[name]) != (name in others), name
+        assert torch.equal(tensor, think_weights[name]) != (name in others), name
 
 
-def test_factors_add_to_the_layer_that_the_adapter_brings_as_a_whole(checkpoint):
-    """As peft saves it where the lm_head has factors."""
+def test_factors_are_added_to_a_full_weight_in_the_adapter(checkpoint):
+    """As peft saves an lm_head with factors."""
     whole = {"base_model.model.lm_head.base_layer.weight": torch.full((647, 48), 0.5)}
     a = torch.randn(2, 48)
     b = torch.randn(647, 2)
@@ -151,17 +152,17 @@ def original_name(name):
     return name.replace("linear_1", "layers.0").replace("linear_2", "layers.2")
 
 
-def rename(adapter, spell):
-    """Spells the names of an adapter's tensors in another way."""
+def rename(adapter, new_name):
+    """Renames the tensors of an adapter."""
     factors = load_file(adapter / FACTORS)
-    factors = {spell(name): tensor for name, tensor in factors.items()}
+    factors = {new_name(name): tensor for name, tensor in factors.items()}
     save_file(factors, adapter / FACTORS)
     others = torch.load(adapter / OTHERS)
-    others = {spell(f"base_model.model.model.{name}"): others[name] for name in others}
+    others = {new_name(f"base_model.model.model.{name}"): others[name] for name in others}
     torch.save(others, adapter / OTHERS)
 
 
-SPELLINGS = {
+NAMINGS = {
     "transformers_5": lambda name: name,
     "hub": hub_name,
     "hub_without_prefix": lambda name: hub_name(name).removeprefix("base_model.model."),
@@ -176,48 +177,46 @@ def assert_same_tensors(model, other):
         assert torch.equal(tensor, tensors[name]), name
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS)
-def test_names_are_read_in_every_spelling(checkpoint, spelling):
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_every_naming_of_the_tensors_is_read(checkpoint, naming):
     expected = load_merged(checkpoint)
-    rename(checkpoint / "think", SPELLINGS[spelling])
+    rename(checkpoint / "think", NAMINGS[naming])
     assert_same_tensors(load_merged(checkpoint), expected)
 
 
-def test_the_original_layout_has_its_adapter_in_stage35(checkpoint, micro, tmp_path):
+def test_the_adapter_of_the_original_layout_is_in_stage35(checkpoint, micro, tmp_path):
     write_original(micro, tmp_path / "af3")
     shutil.copytree(checkpoint / "think", tmp_path / "af3" / "stage35")
     rename(tmp_path / "af3" / "stage35", original_name)
     assert_same_tensors(load_merged(tmp_path / "af3"), load_merged(checkpoint))
 
 
-# ---- Factors that are apart, and saved ----
+# ---- Unmerged and saved factors ----
 
 
 @pytest.fixture(scope="module")
-def of_peft():
+def peft_goldens():
     return np.load(TESTS / "adapter_goldens.npz")
 
 
-def test_factors_that_are_apart_give_the_logits_of_peft(micro, batch, of_peft):
+def test_unmerged_factors_give_the_logits_of_peft(micro, batch, peft_goldens):
     logits = with_factors(micro)(**batch).logits[0, ::29]
-    expected = torch.from_numpy(of_peft["logits"])
+    expected = torch.from_numpy(peft_goldens["logits"])
     plain = load(micro)(**batch).logits[0, ::29]
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
     assert (expected - plain).abs().max() > 0.5
 
 
-def test_a_saved_adapter_gives_the_logits_of_peft_once_it_is_merged(
-    micro, tmp_path, batch, of_peft
-):
+def test_a_saved_adapter_gives_the_logits_of_peft_when_merged(micro, tmp_path, batch, peft_goldens):
     save_adapter(with_factors(micro), tmp_path)
     logits = merge_adapter(load(micro), tmp_path)(**batch).logits[0, ::29]
-    expected = torch.from_numpy(of_peft["logits"])
+    expected = torch.from_numpy(peft_goldens["logits"])
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
 
-def test_tensors_are_saved_under_the_names_of_peft(micro, tmp_path, of_peft):
+def test_tensors_are_saved_under_the_names_of_peft(micro, tmp_path, peft_goldens):
     save_adapter(with_factors(micro), tmp_path)
-    assert sorted(load_file(tmp_path / FACTORS)) == list(of_peft["names"])
+    assert sorted(load_file(tmp_path / FACTORS)) == list(peft_goldens["names"])
 
 
 def test_new_factors_change_nothing(model, micro, batch):
@@ -265,13 +264,13 @@ def test_only_layers_of_decoder_and_projector_are_chosen(model, targets, project
         (OTHERS, "model.audio_tower.layers.7.fc1.bias"),
     ],
 )
-def test_a_tensor_without_a_place_in_the_model_is_named(checkpoint, file, name):
+def test_a_tensor_without_a_place_in_the_model_is_reported(checkpoint, file, name):
     change_tensors(checkpoint / "think" / file, {name: torch.zeros(2, 48)})
     with pytest.raises(ValueError, match=name):
         load_merged(checkpoint)
 
 
-def test_a_tensor_of_another_shape_is_refused_by_name(checkpoint):
+def test_a_tensor_of_another_shape_is_reported_with_its_name(checkpoint):
     others = {"multi_modal_projector.linear_1.bias": torch.zeros(7)}
     torch.save(others, checkpoint / "think" / OTHERS)
     with pytest.raises(ValueError, match=r"multi_modal_projector.linear_1.bias.*\[7\].*\[48\]"):
@@ -294,14 +293,14 @@ Q_PROJ = f"{DECODER}.layers.0.self_attn.q_proj.lora_A.weight"
         (OTHERS, {"multi_modal_projector.linear_1.bias": 7}),
     ],
 )
-def test_a_damaged_adapter_is_refused_by_file(checkpoint, file, changes):
+def test_a_damaged_adapter_is_reported_with_its_path(checkpoint, file, changes):
     change_tensors(checkpoint / "think" / file, changes)
     with pytest.raises(ValueError, match="think"):
         load_merged(checkpoint)
 
 
 @pytest.mark.parametrize("file", [FACTORS, OTHERS, "adapter_config.json"])
-def test_a_missing_and_a_truncated_file_are_named(checkpoint, file):
+def test_a_missing_or_truncated_file_is_reported(checkpoint, file):
     path = checkpoint / "think" / file
     path.write_bytes(path.read_bytes()[:60])
     with pytest.raises(ValueError, match=file):
@@ -312,16 +311,16 @@ def test_a_missing_and_a_truncated_file_are_named(checkpoint, file):
 
 
 @pytest.mark.parametrize(
-    "fields, named",
+    "fields, reported",
     [
         ({"lora_alpha": None}, "adapter_config.json"),
         ({"lora_alpha": float("nan")}, "lora_alpha"),
         ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern"),
     ],
 )
-def test_a_config_that_cannot_be_followed_is_refused(checkpoint, fields, named):
+def test_an_unsupported_config_is_refused(checkpoint, fields, reported):
     change_json(checkpoint / "think" / "adapter_config.json", **fields)
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(ValueError, match=reported):
         load_merged(checkpoint)
 
 
@@ -363,7 +362,7 @@ def test_adapter_merges_the_one_in_a_directory_and_may_be_repeated(checkpoint, r
     assert twice == both != once
 
 
-def test_an_adapter_that_is_not_there_is_refused(run, clip):
+def test_a_missing_adapter_is_refused(run, clip):
     status, out, err = run(clip, "Hi", "--adapter", "nowhere")
     assert (status, out) == (2, "")
     assert err == "error: nowhere: no such directory; an adapter is expected.\n"
@@ -376,7 +375,7 @@ def test_think_without_an_adapter_is_refused(run, clip):
     assert err.count("\n") == 1
 
 
-def test_an_adapter_in_place_of_a_model_is_refused_by_what_it_is(run, clip, tmp_path):
+def test_an_adapter_given_as_the_model_is_refused(run, clip, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     status, _, err = run(clip, "Hi", model=tmp_path)
     assert status == 2
