@@ -1,10 +1,9 @@
-"""Products in float32 for a CPU without bfloat16 arithmetic: a part of a weight at a time.
+"""Matrix products in float32 for CPUs without bfloat16 arithmetic, one chunk of a weight at a time.
 
-Many CPUs have no instructions for bfloat16 (AVX512-BF16, AMX). There PyTorch takes less time to
-convert many tokens and the weight to float32, and to multiply those, than to multiply them in
-bfloat16. The result, rounded to bfloat16, is as exact. When few tokens are multiplied, as in
-decoding, the time goes into reading the weights, and bfloat16 has half the bytes; so nothing
-changes there.
+Many CPUs have no instructions for bfloat16 arithmetic (AVX512-BF16, AMX). On these, PyTorch
+multiplies many tokens faster if it converts them and the weight to float32 first. The result,
+rounded to bfloat16, is as accurate. With few tokens, as in decoding, most of the time goes into
+reading the weights, and bfloat16 weights have half the bytes; so few tokens stay in bfloat16.
 """
 
 import time
@@ -15,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CHUNK = 1 << 21  # weights that are converted at a time: a few MB, which stay in the CPU's cache
-FEWEST_TOKENS = 32  # for which the conversion pays
+CHUNK = 1 << 21  # weights converted at a time: a few MB, which stay in the CPU's cache
+FEWEST_TOKENS = 32  # from which the conversion pays off
 
 
 class Float32MatmulLinear(nn.Linear):
@@ -29,7 +28,7 @@ class Float32MatmulLinear(nn.Linear):
 
 
 class Float32MatmulConv1d(nn.Conv1d):
-    """A convolution in float32. The encoder's two, which have a bias, are converted whole."""
+    """A convolution in float32, converted as a whole. The encoder has two, both with a bias."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not is_faster_in_float32(x):
@@ -39,9 +38,9 @@ class Float32MatmulConv1d(nn.Conv1d):
 
 
 def use_float32_matmul(model: nn.Module) -> nn.Module:
-    """Changes linear layers and convolutions if the model is in bfloat16 on such a CPU.
+    """Replaces `forward` of linear layers and convolutions if bfloat16 is slow on this CPU.
 
-    Returns the model. A layer keeps its weights under their names, and gets another `forward`.
+    Models in other dtypes do not change. Weights keep their names. Returns the model.
     """
     if not is_faster_in_float32(next(model.parameters())):
         return model
@@ -54,7 +53,7 @@ def use_float32_matmul(model: nn.Module) -> nn.Module:
 
 
 def multiply_in_chunks(x: Tensor, chunks: Iterable[Tensor], bias: Tensor | None = None) -> Tensor:
-    """x (..., in) times the chunks (some of out, in) of a weight: (..., out), in the dtype of x."""
+    """Multiplies x (..., in) by a weight in chunks (some of out, in): (..., out), in x's dtype."""
     dtype = product_dtype(x)
     factor = x.to(dtype)
     products = []
@@ -77,7 +76,7 @@ def count_tokens(x: Tensor) -> int:
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which many tokens x are multiplied fastest."""
+    """The dtype in which a product with many tokens x is fastest."""
     return torch.float32 if is_faster_in_float32(x) else x.dtype
 
 
@@ -87,10 +86,10 @@ def is_faster_in_float32(x: Tensor) -> bool:
 
 @lru_cache
 def is_bfloat16_slow() -> bool:
-    """Whether a product of many tokens takes longer in bfloat16 than with a conversion.
+    """Whether a product with many tokens takes longer in bfloat16 than in float32 with conversion.
 
-    Measured, in about 50 ms: what a CPU can do and what PyTorch makes of it are two things. Where
-    both take about as long, another run may choose the other way, and round differently.
+    Measured, in about 50 ms, because it depends on PyTorch as well as on the CPU. If both take
+    about the same time, another run may decide differently, and so round differently.
     """
     x = torch.ones(128, 1024, dtype=torch.bfloat16, device="cpu")
     weight = torch.ones(1024, 1024, dtype=torch.bfloat16, device="cpu")

@@ -1,8 +1,9 @@
-"""int4 weights: a linear layer in 4.5 bits a weight, less than a third of the bytes of bfloat16.
+"""int4 weights: a linear layer with 4.5 bits per weight, less than a third of bfloat16's size.
 
-A weight is (q - 8) * scale + zero, with q from 0 to 15, which is the form that PyTorch's operator
-expects: zero is the weight that q = 8 stands for. 64 weights of a row share scale and zero. A few tokens are multiplied by PyTorch's own operator. For many tokens the weights are
-computed first, a few rows at a time.
+A weight is (q - 8) * scale + zero, with q from 0 to 15; PyTorch's operator expects this form. So
+zero is the weight for q = 8. Each group of 64 weights in a row shares scale and zero. A few tokens
+are multiplied by PyTorch's operator. For more tokens the weights are dequantized first, a few rows
+at a time.
 """
 
 from collections.abc import Iterator
@@ -14,22 +15,22 @@ from torch import Tensor, nn
 
 from extras.float32_matmul import chunk_rows, count_tokens, multiply_in_chunks, product_dtype
 
-GROUP = 64  # weights of a row that share a scale and a zero point: 4.5 bits for a weight
+GROUP = 64  # weights of a row that share scale and zero: 4.5 bits per weight
 BLOCK = 64  # rows that are packed together in a file
 
 
 class Int4Linear(nn.Module):
     """A linear layer whose weight is int4.
 
-    packed (blocks, in, rows of a block / 2): a byte holds q of a row of the first half of the block
-    in its lower four bits, and q of the same row of the second half in the upper ones.
-    scales_and_zeros (groups of a row, out, 2). Rows and columns are filled up with zeros.
+    packed (blocks, in, rows of a block / 2): the lower four bits of a byte are q of a row in the
+    first half of the block, the upper four bits q of the same row in the second half.
+    scales_and_zeros (groups of a row, out, 2). Rows and columns are padded with zeros.
     """
 
-    most_tokens = 32  # for which PyTorch's int4 operator is the faster way
+    most_tokens = 32  # up to which PyTorch's int4 operator is faster
 
     def __init__(self, linear: nn.Linear):
-        """Empty, of the size of a linear layer, whose bias it shares; `fill` gives it values."""
+        """Makes an empty layer with the size and the bias of `linear`; `fill` sets its weights."""
         super().__init__()
         device = linear.weight.device
         self.in_features = linear.in_features
@@ -68,7 +69,7 @@ class Int4Linear(nn.Module):
         return y
 
     def multiply_few(self, x: Tensor) -> Tensor:
-        """By PyTorch's int4 operator, which is quick in bfloat16 only."""
+        """Uses PyTorch's int4 operator, which is fast only in bfloat16."""
         tokens = x.reshape(-1, x.shape[-1]).contiguous().bfloat16()
         packed = self.packed.view(self.scales_and_zeros.shape[1], -1)
         factors = self.scales_and_zeros
@@ -76,10 +77,10 @@ class Int4Linear(nn.Module):
         return y.view(*x.shape[:-1], -1).to(x.dtype)
 
     def chunks(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        """The weights (some of out, in), a few blocks at a time.
+        """Yields the weights (some of out, in), a few blocks at a time.
 
-        Each takes the place of the one before in memory: with new memory for each, a product of
-        150 tokens would take half as long again.
+        All chunks share the same memory: with new memory for each, a product of 150 tokens would
+        take 1.5 times as long.
         """
         width = self.packed.shape[1]
         num_rows = round_up(chunk_rows(width), 4 * BLOCK)
@@ -101,11 +102,11 @@ def round_up(number: int, multiple: int) -> int:
 
 
 def quantize_groups(weights: Tensor, rounds: int = 3) -> tuple[Tensor, Tensor, Tensor]:
-    """q (uint8, 0 to 15), scale and zero (..., 1) of groups of float32 weights (..., GROUP).
+    """Quantizes groups of float32 weights (..., GROUP): q (uint8, 0 to 15), scale, zero (..., 1).
 
-    The first steps reach from the smallest to the largest weight. Then, by turns, the steps are
-    those of the least squared error for the rounded weights, and the weights are rounded to them.
-    Each turn lowers the squared error; three take 10% off it.
+    At first the 16 levels span the range from the smallest to the largest weight. Each round then
+    rounds the weights to the levels, and fits the levels to the rounded weights by least squares.
+    Every round reduces the squared error; three rounds reduce it by 10%.
     """
     low = weights.amin(-1, keepdim=True)
     scale = (weights.amax(-1, keepdim=True) - low) / 15
@@ -115,7 +116,7 @@ def quantize_groups(weights: Tensor, rounds: int = 3) -> tuple[Tensor, Tensor, T
         centered = q - mean
         variance = centered.square().mean(-1, keepdim=True)
         covariance = (centered * weights).mean(-1, keepdim=True)
-        scale = covariance / variance.clamp(min=1e-6)  # it is zero where all weights are the same
+        scale = covariance / variance.clamp(min=1e-6)  # zero if all weights are equal
         low = weights.mean(-1, keepdim=True) - scale * mean
     scale = scale.bfloat16()
     zero = (low + 8 * scale).bfloat16()
@@ -129,20 +130,20 @@ def round_to_steps(weights: Tensor, scale: Tensor, low: Tensor) -> Tensor:
 
 
 def pack(q: Tensor, block_rows: int) -> Tensor:
-    """q (rows, in), 0 to 15, as the bytes of `Int4Linear`."""
+    """Packs q (rows, in), 0 to 15, into the bytes of `Int4Linear`."""
     blocks = q.view(-1, 2, block_rows // 2, q.shape[1])
     first_half, second_half = blocks.unbind(1)
     return (first_half | second_half << 4).transpose(1, 2)
 
 
 def unpack(packed: Tensor) -> Tensor:
-    """q (rows, in) of the bytes of `Int4Linear`."""
+    """Inverse of `pack`: q (rows, in)."""
     blocks = torch.cat([packed & 15, packed >> 4], dim=2)  # (blocks, in, rows of a block)
     return blocks.transpose(1, 2).flatten(0, 1)
 
 
 def dequantize(packed: Tensor, scales_and_zeros: Tensor, memory: Tensor) -> Tensor:
-    """Weights (rows, in) of some blocks, written to memory, in its dtype."""
+    """Dequantizes some blocks into `memory`, in its dtype; returns the weights (rows, in)."""
     num_blocks, width, half = packed.shape
     num_rows = num_blocks * 2 * half
     packed = packed.transpose(0, 1).contiguous()  # (in, blocks, half)
@@ -159,9 +160,9 @@ def dequantize(packed: Tensor, scales_and_zeros: Tensor, memory: Tensor) -> Tens
 
 @lru_cache
 def operator_packing() -> int | None:
-    """Rows of a block as PyTorch's int4 operator packs them: 64 with AVX-512, 32 with AVX2.
+    """Rows per block in the packing of PyTorch's int4 operator: 64 with AVX-512, 32 with AVX2.
 
-    None where it packs in another way, or there is no operator; `Int4Linear` does without it then.
+    None if it packs in another way or does not exist; then `Int4Linear` does not use it.
     """
     if not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):  # before torch 2.6
         return None
@@ -178,5 +179,5 @@ def has_operator() -> bool:
 
 
 def operator_block_rows() -> int:
-    """How layers are packed in memory."""
+    """Rows per block of layers in memory."""
     return operator_packing() or BLOCK

@@ -1,11 +1,11 @@
-"""The decoder's weights in int8 or int4: half of the bytes of bfloat16, or less than a third.
+"""The decoder's weights in int8 or int4: half the size of bfloat16, or less than a third.
 
     model = quantize(AudioFlamingo3ForConditionalGeneration.from_pretrained(path, "cpu"), bits=4)
     save_quantized(model, "smaller")
     model = load_quantized("smaller")
 
-Decoding reads every weight for every token, so fewer bytes are less time where the model is large.
-The encoder stays as it is: it reads its weights once for a whole window.
+Decoding reads every weight for every token, so a large model is faster with smaller weights.
+The encoder is not quantized: it reads its weights only once for a whole window.
 """
 
 from pathlib import Path
@@ -23,10 +23,10 @@ from plumbing.save_checkpoint import hub_config, write_checkpoint
 class Int8Linear(nn.Module):
     """A linear layer whose weight (out, in) is int8, with one scale for each output row."""
 
-    most_tokens = 8  # for which PyTorch's int8 operator is the faster way
+    most_tokens = 8  # up to which PyTorch's int8 operator is faster
 
     def __init__(self, linear: nn.Linear):
-        """Empty, of the size of a linear layer, whose bias it shares; `fill` gives it values."""
+        """Makes an empty layer with the size and the bias of `linear`; `fill` sets its weights."""
         super().__init__()
         self.register_buffer("weight", torch.empty_like(linear.weight, dtype=torch.int8))
         self.register_buffer("scale", torch.empty_like(linear.weight[:, 0]))
@@ -45,7 +45,7 @@ class Int8Linear(nn.Module):
             self.weight[rows] = (part / scale[:, None]).round_()
 
     def forward(self, x: Tensor) -> Tensor:
-        # In torch 2.13 the operator gives wrong results for widths that are no multiple of 16.
+        # In torch 2.13 the operator gives wrong results for widths that are not multiples of 16.
         if x.is_cpu and count_tokens(x) <= self.most_tokens and x.shape[-1] % 16 == 0:
             tokens = x.reshape(-1, x.shape[-1]).contiguous()
             y = torch.ops.aten._weight_int8pack_mm(tokens, self.weight, self.scale)
@@ -63,9 +63,9 @@ LAYERS = {8: Int8Linear, 4: Int4Linear}  # by bits
 
 
 def quantize(model: nn.Module, bits: int = 8) -> nn.Module:
-    """Replaces the decoder's linear layers, `lm_head` too, by int8 or int4 ones; returns the model.
+    """Replaces the decoder's linear layers and `lm_head` by int8 or int4 ones; returns the model.
 
-    One attention or MLP at a time, so that memory never holds both copies of more than that. Raises
+    Works on one attention or MLP at a time, so that only its weights are in memory twice. Raises
     ValueError for a model in float16, in which the products would overflow.
     """
     if bits not in LAYERS:
@@ -87,7 +87,7 @@ def replace_layers(model: nn.Module, layer_class: type, fill: bool) -> None:
 
 
 def pack_layers(model: nn.Module, block_rows: int) -> None:
-    """Packs int4 layers in blocks of so many rows, if they are not."""
+    """Repacks int4 layers in blocks of block_rows rows, if necessary."""
     for layer in model.modules():
         if isinstance(layer, Int4Linear) and layer.block_rows() != block_rows:
             layer.repack(block_rows)
@@ -95,11 +95,11 @@ def pack_layers(model: nn.Module, block_rows: int) -> None:
 
 # ---- Saving and loading ----
 
-METHOD = "audio-flamingo-3-from-scratch"  # a name that other programs refuse
+METHOD = "audio-flamingo-3-from-scratch"  # a name that other programs reject
 
 
 def save_quantized(model: nn.Module, path: str | Path) -> None:
-    """Writes a directory that `load_quantized` reads, without the processor's files.
+    """Writes a directory for `load_quantized`, without the processor's files.
 
     Raises OSError, or ValueError for a model that is not quantized.
     """
@@ -120,9 +120,9 @@ def save_quantized(model: nn.Module, path: str | Path) -> None:
 def load_quantized(
     path: str | Path, device_map: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
 ) -> AudioFlamingo3ForConditionalGeneration:
-    """The model in a directory that `save_quantized` has written; takes what from_pretrained takes.
+    """Loads a model that `save_quantized` has written; the arguments are those of from_pretrained.
 
-    Raises FileNotFoundError or ValueError, as that does.
+    Raises FileNotFoundError or ValueError, as from_pretrained does.
     """
     layer_class = LAYERS[read_bits(path)]
 
@@ -146,13 +146,13 @@ def load_quantized(
 def check_is_not_float16(model: nn.Module) -> None:
     if model.dtype == torch.float16:
         raise ValueError(
-            "dtype is torch.float16, in which the products of whole numbers overflow; "
+            "dtype is torch.float16, in which products of integers overflow; "
             "float32, bfloat16 or, without --int8 and --int4, float16 is expected."
         )
 
 
 def read_bits(path: str | Path) -> int:
-    """The bits of the weights in a directory that `save_quantized` has written."""
+    """Bits per weight in a directory that `save_quantized` has written."""
     config_path = find_checkpoint(path) / "config.json"
     quantization = read_json(config_path).get("quantization_config")
     known = [{"quant_method": METHOD, "bits": 8}]

@@ -1,4 +1,4 @@
-"""Products in float32 on a CPU without bfloat16 arithmetic: as exact, under the same names."""
+"""Products in float32 on a CPU without bfloat16 arithmetic: as accurate, weights unchanged."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from_pretrained = AudioFlamingo3ForConditionalGeneration.from_pretrained
 
 @pytest.fixture
 def slow_bfloat16(monkeypatch):
-    """As on a CPU without bfloat16 arithmetic, whatever this one has."""
+    """Simulates a CPU without bfloat16 arithmetic."""
     monkeypatch.setattr(float32_matmul, "is_bfloat16_slow", lambda: True)
 
 
@@ -33,7 +33,7 @@ def with_float32_matmul(layer):
 
 
 @pytest.mark.parametrize("tokens", [1, 31, 32, 500])
-def test_a_product_is_no_further_from_the_exact_one(slow_bfloat16, monkeypatch, tokens):
+def test_a_product_is_as_accurate_as_before(slow_bfloat16, monkeypatch, tokens):
     linear = torch.nn.Linear(192, 20001, dtype=torch.bfloat16).requires_grad_(False)
     x = random_tensor(1, tokens, 192)
     exact = F.linear(x.double(), linear.weight.double(), linear.bias.double())
@@ -52,7 +52,7 @@ def test_a_product_is_no_further_from_the_exact_one(slow_bfloat16, monkeypatch, 
     assert (y - exact).norm() < 1.2 * (before - exact).norm()
 
 
-def test_a_convolution_is_no_further_from_the_exact_one(slow_bfloat16):
+def test_a_convolution_is_as_accurate_as_before(slow_bfloat16):
     conv = torch.nn.Conv1d(80, 96, 3, stride=2, padding=1, dtype=torch.bfloat16)
     conv.requires_grad_(False)
     x = random_tensor(2, 80, 101)
@@ -63,7 +63,7 @@ def test_a_convolution_is_no_further_from_the_exact_one(slow_bfloat16):
     assert (y - exact).norm() < 1.05 * (before - exact).norm()
 
 
-def test_logits_are_no_further_from_those_in_float32_than_before(slow_bfloat16):
+def test_logits_are_as_close_to_float32_as_before(slow_bfloat16):
     processor = AudioFlamingo3Processor.from_pretrained(TINY)
     inputs = processor("Transcribe the input speech.", TINY / "samples" / "digits.wav")
     exact = from_pretrained(TINY, "cpu")(**inputs).logits
@@ -101,7 +101,7 @@ def test_each_chunk_is_multiplied_in_float32_before_the_next_is_taken(slow_bfloa
     events = []
     linear = F.linear
 
-    def noting(x, weight):
+    def recording_linear(x, weight):
         events.append(weight.dtype)
         return linear(x, weight)
 
@@ -110,13 +110,13 @@ def test_each_chunk_is_multiplied_in_float32_before_the_next_is_taken(slow_bfloa
             events.append("chunk")
             yield chunk
 
-    monkeypatch.setattr(F, "linear", noting)
+    monkeypatch.setattr(F, "linear", recording_linear)
     multiply_in_chunks(random_tensor(40, 64), chunks())
     assert events == ["chunk", torch.float32] * 4
 
 
 @pytest.mark.parametrize("in_bfloat16, in_float32, is_slow", [(3, 2, True), (2, 3, False)])
-def test_what_takes_longer_is_slow(monkeypatch, in_bfloat16, in_float32, is_slow):
+def test_bfloat16_is_slow_if_it_takes_longer(monkeypatch, in_bfloat16, in_float32, is_slow):
     times = iter([in_bfloat16, in_float32] * 5)
     monkeypatch.setattr(float32_matmul, "seconds", lambda function: next(times))
     assert float32_matmul.is_bfloat16_slow.__wrapped__() == is_slow

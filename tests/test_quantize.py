@@ -1,4 +1,4 @@
-"""int8 and int4: the decoder's weights in fewer bits, close to the answers of the whole model."""
+"""int8 and int4: the decoder's weights in fewer bits, with outputs close to the original."""
 
 import json
 import weakref
@@ -60,7 +60,7 @@ def test_a_row_of_zeros_stays_zero_and_a_row_of_whole_steps_is_exact():
     assert torch.equal(y.T, linear.weight)
 
 
-# Weights of a normal distribution lose 8.5% by int4, those of nn.Linear's uniform one 6%.
+# The int4 error is 8.5% for normally distributed weights, 6% for nn.Linear's uniform ones.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [1, 32, 33, 300])
 @pytest.mark.parametrize("width, rows", [(192, 20001), (576, 64), (100, 70)])
@@ -93,7 +93,7 @@ def test_int4_weights_that_are_whole_steps_are_exact():
 
 
 @pytest.mark.parametrize("value", [0.0, 0.5, -3.0])
-def test_int4_weights_that_are_all_the_same_stay_so(value):
+def test_int4_weights_that_are_all_equal_are_exact(value):
     linear = new_linear(128, 3)
     linear.weight.data.fill_(value)
     linear.bias = None
@@ -101,7 +101,7 @@ def test_int4_weights_that_are_all_the_same_stay_so(value):
     assert torch.equal(y.T, linear.weight)
 
 
-def test_the_search_for_the_steps_takes_more_than_a_twentieth_off_the_squared_error():
+def test_fitting_the_levels_reduces_the_squared_error_by_more_than_5_percent():
     weights = random_tensor(1000, 64)
     errors = []
     for rounds in (0, 3):
@@ -111,12 +111,12 @@ def test_the_search_for_the_steps_takes_more_than_a_twentieth_off_the_squared_er
 
 
 @pytest.mark.parametrize("block_rows", [32, 64])
-def test_packing_can_be_undone(block_rows):
+def test_unpack_inverts_pack(block_rows):
     q = torch.randint(16, (128, 10), dtype=torch.uint8)
     assert torch.equal(unpack(pack(q, block_rows)), q)
 
 
-def test_int4_layers_do_without_an_operator_that_packs_in_another_way(monkeypatch):
+def test_int4_layers_work_without_the_operator(monkeypatch):
     linear = new_linear(192, 300)
     x = random_tensor(1, 192)
     expected = quantized(linear, Int4Linear)(x)
@@ -125,7 +125,7 @@ def test_int4_layers_do_without_an_operator_that_packs_in_another_way(monkeypatc
     assert (y - expected).norm() < 0.004 * expected.norm()
 
 
-def test_a_model_loaded_in_another_dtype_keeps_its_bytes(saved):
+def test_a_model_loaded_in_another_dtype_is_no_larger(saved):
     model, folder = saved
     in_bfloat16 = quantized_bytes(load_quantized(folder, "cpu", "bfloat16"))
     assert in_bfloat16 <= quantized_bytes(model) == quantized_bytes(load_quantized(folder, "cpu"))
@@ -135,7 +135,7 @@ def quantized_bytes(model):
     return sum(buffer.nbytes for buffer in model.buffers())
 
 
-def test_float16_is_refused_where_a_quantized_model_is_loaded(saved):
+def test_float16_is_refused_when_a_quantized_model_is_loaded(saved):
     with pytest.raises(ValueError, match="without --int8 and --int4, float16"):
         load_quantized(saved[1], "cpu", "float16")
 
@@ -161,7 +161,7 @@ def test_float16_is_refused_because_its_products_overflow(micro, bits):
 
 
 @pytest.mark.parametrize("bits", LAYERS)
-def test_the_decoders_linear_layers_and_the_head_are_quantized_and_no_other(micro, model, bits):
+def test_only_the_decoders_linear_layers_and_the_head_are_quantized(micro, model, bits):
     expected = set()
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name.startswith("language_model."):
@@ -196,7 +196,7 @@ def test_logits_of_tiny_stay_close(dtype, bits, limit):
 
 
 @pytest.mark.parametrize("bits", LAYERS)
-def test_weights_leave_memory_when_they_have_been_quantized(micro, monkeypatch, bits):
+def test_weights_are_freed_once_they_are_quantized(micro, monkeypatch, bits):
     weights = []
     alive_counts = []
     fill = LAYERS[bits].fill
@@ -229,7 +229,7 @@ def saved(request, micro, tmp_path):
     return model, tmp_path
 
 
-def test_a_saved_model_is_loaded_as_it_was(saved, audio_batch):
+def test_a_saved_model_is_unchanged_when_loaded(saved, audio_batch):
     model, folder = saved
     loaded = load_quantized(folder, "cpu")
     assert torch.equal(loaded(**audio_batch).logits, model(**audio_batch).logits)
@@ -245,7 +245,7 @@ def test_a_loaded_model_can_be_saved_again(saved, tmp_path, monkeypatch, block_r
     assert (again / name).read_bytes() == (folder / name).read_bytes()
 
 
-def test_files_are_the_same_whatever_the_operator_packs(micro, tmp_path, monkeypatch):
+def test_files_do_not_depend_on_the_operators_packing(micro, tmp_path, monkeypatch):
     files = []
     for block_rows in (32, 64):
         monkeypatch.setattr(int4, "operator_packing", lambda rows=block_rows: rows)
@@ -255,14 +255,14 @@ def test_files_are_the_same_whatever_the_operator_packs(micro, tmp_path, monkeyp
     assert files[0] == files[1]
 
 
-def test_a_saved_directory_says_what_it_is(saved):
+def test_a_saved_config_contains_the_quantization(saved):
     _, folder = saved
     config = json.loads((folder / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "audio-flamingo-3-from-scratch"
     assert config["quantization_config"]["bits"] in LAYERS
 
 
-def test_other_quantized_checkpoints_are_refused_by_what_they_say(saved):
+def test_other_quantization_methods_are_refused(saved):
     _, folder = saved
     path = folder / "config.json"
     config = json.loads(path.read_text())
@@ -281,7 +281,7 @@ def test_a_model_that_is_not_quantized_is_saved_by_save_pretrained(micro, tmp_pa
 
 
 @pytest.mark.parametrize("option", ["--int8", "--int4"])
-def test_save_writes_what_the_model_option_then_takes(run, clip, micro, tmp_path, option):
+def test_save_writes_a_directory_for_the_model_option(run, clip, micro, tmp_path, option):
     options = [clip, "Hi", "--max-new-tokens", 5]
     expected = run(*options, option)[1]
     folder = tmp_path / "saved"
