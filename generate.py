@@ -10,421 +10,84 @@ examples:
 """
 
 import argparse
-import dataclasses
 import os
-import sys
-from collections.abc import Callable
-from contextlib import nullcontext
-from itertools import tee
 from pathlib import Path
 
 from plumbing import terminal
 
 if __name__ == "__main__":
-    # Before the long imports, in which Ctrl-C would leave with a traceback.
+    # Before the slow imports, during which Ctrl-C would print a traceback.
     terminal.exit_on_interrupt(end_line=False)
     terminal.check_packages(["torch", "numpy", "safetensors", "tiktoken"])
 
-import torch
-from torch import Tensor
-
-from af3 import (
-    AudioFlamingo3ForConditionalGeneration,
-    GenerationConfig,
-    choose_device,
-    choose_dtype,
-)
-from load_weights import is_quantized
-from plumbing.audio_file import AUDIO_SUFFIXES, check_is_no_url, stdin_as_file
-from plumbing.positional_arguments import STDIN, split_words
-from plumbing.processes import num_processes
-from plumbing.terminal import refuse
-from processor import AudioFlamingo3Processor, check_plain_prompt
+from extras import command_line
+from processor import AudioFlamingo3Processor
 
 TINY = Path(__file__).resolve().parent / "tiny"
 
-SHORTER_HINT = "shorten the audio or lower --max-new-tokens"  # where memory runs out
+
+@command_line.exit_status
+def main() -> int:
+    """Answers one question about one recording. For everything else see extras/command_line.py."""
+    args = command_line.parse(make_parser())
+    if not args.is_one_question:
+        return command_line.run(args)
+
+    processor = AudioFlamingo3Processor.from_pretrained(args.model)
+    waveform = command_line.read_recording(args, processor, args.recordings[0])
+    inputs = processor(args.prompt, waveform)
+    model = command_line.load_model(args)  # AudioFlamingo3ForConditionalGeneration.from_pretrained
+
+    terminal.exit_on_interrupt()
+    timer = terminal.StepTimer()
+    steps = timer.watch(model.stream(**inputs.to(model.device), **args.options))
+    steps = terminal.wait_for_first(steps, "reading the recording and the prompt", args.quiet)
+    terminal.print_as_it_comes(processor.stream_text(steps))
+
+    if args.timestamps:
+        command_line.print_timestamps(processor, model, inputs, timer.steps)
+    if not args.quiet:
+        command_line.print_statistics(processor, model, inputs, timer, args)
+    return 0
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """The options that everybody needs; `command_line.parse` adds the others."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="generate.py [options] [audio ...] [prompt]",
         allow_abbrev=False,
     )
-    parser.error = refuse
-    words_help = """recordings (WAV, or with ffmpeg mp3, flac, ogg, m4a, opus, video), folders of
-    them, - for standard input; then the prompt: the last argument, if it is not a file. Without
-    a prompt, speech is transcribed"""
-    parser.add_argument("words", nargs="*", metavar="audio ... prompt", help=words_help)
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="audio ... prompt",
+        help="""recordings (WAV, or with ffmpeg mp3, flac, ogg, m4a, opus, video), folders of
+        them, - for standard input; then the prompt: the last argument, if it is not a file.
+        Without a prompt, speech is transcribed""",
+    )
     parser.add_argument(
         "--quiet", action="store_true", help="print nothing on stderr but errors and warnings"
     )
-    add_model_options(parser.add_argument_group("model").add_argument)
-    add_answer_options(parser.add_argument_group("answer").add_argument)
-    modes = parser.add_argument_group("instead of one answer").add_mutually_exclusive_group()
-    add_modes(modes.add_argument)
-    add_options_for_many(parser.add_argument_group("many recordings, as JSON lines").add_argument)
-    return parser
 
-
-def add_model_options(add: Callable) -> None:
+    add = parser.add_argument_group("model").add_argument
     add("--model", default=TINY, help="a directory or cached hub name (default: tiny/)")
     add("--device", default="auto", help="cpu, cuda or mps (default: the best available)")
     add("--dtype", default="auto", help="float32, bfloat16 or float16 (default: the checkpoint's)")
-    int8_help = "hold the decoder in int8: half the memory and, for a large model, faster on a CPU"
-    add("--int8", action="store_true", help=int8_help)
-    int4_help = "hold the decoder in int4: a third of the memory, faster again, less exact"
-    add("--int4", action="store_true", help=int4_help)
-    think_help = """merge the AF-Think adapter in the model's directory; end the prompt with:
-    Please think and reason about the input audio before you respond."""
-    add("--think", action="store_true", help=think_help)
-    adapter_help = "merge the LoRA adapter in DIR, as peft saves it; may be given several times"
-    add("--adapter", action="append", metavar="DIR", help=adapter_help)
-    parallel_help = "under torchrun: split the model over the processes, not the recordings"
-    add("--tensor-parallel", action="store_true", help=parallel_help)
 
-
-def add_answer_options(add: Callable) -> None:
+    add = parser.add_argument_group("answer").add_argument
     add("--max-new-tokens", type=int, metavar="N", help="at most N (default: the model's, or 512)")
-    sample_help = "draw tokens at random, not always the likeliest"
+    sample_help = "draw tokens at random instead of always taking the likeliest"
     add("--sample", dest="do_sample", action="store_true", help=sample_help)
     add("--temperature", type=float, metavar="T", help="with --sample: above 1 is more random")
     add("--top-k", type=int, metavar="K", help="with --sample: draw from the K likeliest tokens")
-    top_p_help = "with --sample: draw from the fewest tokens that hold P of the probability"
+    top_p_help = "with --sample: draw from the fewest tokens with a total probability of P"
     add("--top-p", type=float, metavar="P", help=top_p_help)
     add("--seed", type=int, help="makes --sample repeatable")
-    timestamps_help = "print, after the answer, where in the recording each word looked"
+    timestamps_help = "print, after the answer, where in the recording each word is"
     add("--timestamps", action="store_true", help=timestamps_help)
-    penalty_help = "above 1: tokens in the prompt and in the answer so far become less likely"
-    add("--repetition-penalty", type=float, metavar="R", help=penalty_help)
-
-
-def add_modes(add: Callable) -> None:
-    add("--chat", action="store_true", help="hold a conversation in the terminal")
-    explain_help = """show the way through the model, and where in the recording each word of the
-    answer looked; with a name that ends in .html, as a page for the browser"""
-    add("--explain", nargs="?", const="", metavar="PAGE.html", help=explain_help)
-    prompts_help = """read JSON lines, or an array, with "audio", "prompt", perhaps "choices", and
-    any other fields, which are kept; - is standard input"""
-    add("--prompts", metavar="FILE", help=prompts_help)
-    save_help = """write the model, as these options change it, to DIR, which --model takes; with
-    --int4, it is then loaded in seconds"""
-    add("--save", metavar="DIR", help=save_help)
-
-
-def add_options_for_many(add: Callable) -> None:
-    fields_help = "with --prompts: other names of two fields, audio=NAME,prompt=NAME"
-    add("--fields", metavar="MAP", help=fields_help)
-    choose_help = """with --prompts: answer with the likeliest of the "choices", which are then
-    not listed in the prompt"""
-    add("--choose", action="store_true", help=choose_help)
-    add("--batch-size", type=int, metavar="N", help="answer N recordings at a time (default: 8)")
-    output_help = """write the lines there; given again, go on: ask what has no answer yet, and
-    again what failed"""
-    add("--output", metavar="FILE", help=output_help)
-    add("--resume", metavar="FILE", help="skip what FILE already answers; append to it: >> FILE")
-
-
-def check_given_once(words: list[str]) -> None:
-    """Refuses a second file where argparse would forget the first."""
-    for option in ("--prompts", "--output", "--resume", "--save"):
-        if sum(word.partition("=")[0] == option for word in words) > 1:
-            refuse(f"{option} is given twice; it takes one name")
-
-
-def join_page_name(words: list[str]) -> list[str]:
-    """The command line with --explain PAGE.html in one word, or "--explain=" where there is no page.
-
-    argparse would take whatever follows --explain for the page, the recording too.
-    """
-    if "--explain" not in words[:-1]:
-        return words
-    place = words.index("--explain")
-    following = words[place + 1]
-    if following.lower().endswith(".html"):
-        return [*words[:place], f"--explain={following}", *words[place + 2 :]]
-    return [*words[:place], "--explain=", *words[place + 1 :]]
-
-
-def main() -> int:
-    """The exit status: 0, or 2 for bad input or too little memory, with one line `error: ...`.
-
-    1 if some of many recordings failed, but 0 under torchrun, or a line of a conversation that comes
-    from a pipe. Ctrl-C leaves with 130 and keeps what has been printed.
-    """
-    terminal.prepare_streams()
-    try:
-        processes = nullcontext()
-        if num_processes() > 1:
-            from extras import parallel
-
-            processes = parallel.joined_processes()
-        with processes:
-            check_given_once(sys.argv[1:])
-            words = join_page_name(sys.argv[1:])
-            status = run(make_parser().parse_intermixed_args(words))
-            sys.stdout.flush()  # os._exit does not; a reader that is gone is noticed here
-        # torchrun takes any other status for a crash. The lines say which recordings failed.
-        if num_processes() > 1:
-            return 0
-        return status
-    except BrokenPipeError:  # the reader has enough, as in `| head -1`
-        return 0
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        terminal.print_error(error)
-        return 2
-
-
-def run(args: argparse.Namespace) -> int:
-    """Does what the command line asks for; the exit status."""
-    check_combination(args)
-    for word in args.words:
-        check_is_no_url(word)
-    may_be_prompt = bool(args.prompts or args.chat)
-    recordings, prompt = split_words(args.words, AUDIO_SUFFIXES, may_be_prompt)
-    if not (recordings or args.chat or args.prompts or args.save):
-        refuse("the following arguments are required: audio")
-    if prompt is None and not args.chat:
-        prompt = AudioFlamingo3Processor.default_transcription_prompt
-    if prompt is not None:
-        check_plain_prompt(prompt)
-        if not prompt.strip():
-            refuse("the prompt is empty")
-    options = generation_options(args)
-    if STDIN in recordings and (args.chat or wants_json_lines(args, recordings)):
-        raise ValueError(
-            "Standard input, -, must be the only recording; it does not go with --chat, "
-            "--prompts, --output, --resume and --batch-size."
-        )
-    if args.tensor_parallel or num_processes() > 1:
-        from extras import parallel
-
-        is_for_many = not (args.chat or args.save) and wants_json_lines(args, recordings)
-        parallel.check_options(args, is_for_many)
-        args.device = parallel.own_device(args.device)
-    if args.save:
-        save(args)
-    elif args.chat:
-        from extras.chat import TerminalChat
-
-        processor = AudioFlamingo3Processor.from_pretrained(args.model)
-        waveforms = [read_recording(args, processor, recording) for recording in recordings]
-        chat = TerminalChat(processor, load_model(args), waveforms, options, args.quiet)
-        return chat.run(prompt)
-    elif args.explain is not None:
-        explain_one(args, recordings, prompt, options)
-    elif wants_json_lines(args, recordings):
-        from extras.answer_lines import answer_many
-
-        return answer_many(args, recordings, prompt, options, load_model)
-    else:
-        answer_one(args, recordings[0], prompt, options)
-    return 0
-
-
-def wants_json_lines(args: argparse.Namespace, recordings: list[str]) -> bool:
-    """Whether there is more than one recording, or an option that is for many."""
-    if args.prompts or args.resume or args.output or args.batch_size is not None:
-        return True
-    return len(recordings) > 1 or os.path.isdir(recordings[0])
-
-
-def check_combination(args: argparse.Namespace) -> None:
-    """Refuses options that would have no effect."""
-    for name in ("model", "prompts", "save", "output", "resume", "fields"):
-        if getattr(args, name) == "":
-            refuse(f"--{name} is empty")
-    needs = {"fields": "--prompts", "choose": "--prompts"}
-    if args.chat or args.save or args.explain is not None:
-        needs |= dict.fromkeys(["batch_size", "output", "resume"], "JSON lines")
-        needs["timestamps"] = "answers without --chat, --explain and --save"
-    if args.save and args.words:
-        refuse("--save answers nothing; a recording or prompt has no effect")
-    if args.save and os.path.exists(args.save) and not is_empty_folder(args.save):
-        refuse(f"--save is {args.save}, which exists; choose a new or an empty directory")
-    if args.int8 and args.int4:
-        refuse("--int8 and --int4 exclude each other")
-    for name, needed in needs.items():
-        value = getattr(args, name)
-        if value is not None and value is not False and not args.prompts:
-            refuse(f"--{name.replace('_', '-')} is only for {needed}")
-    if args.output and args.resume:
-        refuse("--output goes on by itself; --resume is for standard output")
-    if args.output and args.prompts and is_same_file(args.output, args.prompts):
-        refuse(f"--output is the file of --prompts, {args.prompts}, which would be lost")
-    if args.choose or args.save:
-        check_no_generation(args)
-
-
-def check_no_generation(args: argparse.Namespace) -> None:
-    mode = "--choose" if args.choose else "--save"
-    for option in ("do_sample", "max_new_tokens", "repetition_penalty"):
-        if getattr(args, option) not in (None, False):
-            name = "--sample" if option == "do_sample" else f"--{option.replace('_', '-')}"
-            refuse(f"{mode} generates nothing, so {name} has no effect")
-
-
-def is_empty_folder(path: str) -> bool:
-    return os.path.isdir(path) and not os.listdir(path)
-
-
-def is_same_file(path: str, other: str) -> bool:
-    return os.path.realpath(path) == os.path.realpath(other)
-
-
-def generation_options(args: argparse.Namespace) -> dict:
-    """The options of `generate` that were given; None where the checkpoint decides."""
-    if args.seed is not None:
-        torch.manual_seed(args.seed % 2**64)
-    options = {}
-    for option in dataclasses.fields(GenerationConfig):
-        if getattr(args, option.name, None) is not None:
-            options[option.name] = getattr(args, option.name)
-    if not args.do_sample:
-        del options["do_sample"]  # then the checkpoint decides
-        check_no_sampling_options(args)
-    GenerationConfig(**options)  # refuses a value out of range before the model is loaded
-    return options
-
-
-def check_no_sampling_options(args: argparse.Namespace) -> None:
-    for name in ("temperature", "top_k", "top_p", "seed"):
-        if getattr(args, name) is not None:
-            raise ValueError(f"--{name.replace('_', '-')} has no effect without --sample.")
-
-
-def load_model(args: argparse.Namespace) -> AudioFlamingo3ForConditionalGeneration:
-    """The model, with the adapter merged and the decoder quantised where that was asked for."""
-    hint = "use a smaller --dtype" if args.int4 else "use --int4 or --int8, or a smaller --dtype"
-    with terminal.memory_hint(hint):
-        model = load_changed_model(args)
-    if model.device.type == "cpu" and model.dtype == torch.bfloat16 and not args.tensor_parallel:
-        from extras.float32_matmul import use_float32_matmul as use_float32_products
-
-        use_float32_products(model)  # only on a CPU without bfloat16 arithmetic
-    use_one_thread_if_small(model)
-    return model
-
-
-def use_one_thread_if_small(model: AudioFlamingo3ForConditionalGeneration) -> None:
-    """In a small model threads mostly wait for each other, and on a busy machine much longer.
-
-    An answer of tiny/ takes as long on one thread as on two. Beside two busy programs it takes a
-    third of the time.
-    """
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    if num_parameters < 20_000_000 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
-
-
-def load_changed_model(args: argparse.Namespace) -> AudioFlamingo3ForConditionalGeneration:
-    choose_dtype(args.dtype, torch.float32)  # refuses an unknown one before the model is loaded
-    is_changed = args.think or args.adapter or args.int8 or args.int4 or args.tensor_parallel
-    if is_quantized(args.model):
-        from extras.quantize import load_quantized
-
-        if is_changed:
-            refuse(
-                f"{args.model} is quantised; --int8, --int4, --think, --adapter and "
-                "--tensor-parallel change others"
-            )
-        return load_quantized(args.model, args.device, args.dtype)
-    if not is_changed:
-        return AudioFlamingo3ForConditionalGeneration.from_pretrained(
-            args.model, args.device, args.dtype
-        )
-    # Weights are changed on the CPU, one layer at a time, before they move to the device.
-    model = AudioFlamingo3ForConditionalGeneration.from_pretrained(args.model, "cpu")
-    if args.think or args.adapter:
-        from extras.lora import find_think_adapter, merge_adapter
-
-        if args.think:
-            merge_adapter(model, find_think_adapter(args.model))
-        for folder in args.adapter or []:
-            merge_adapter(model, folder)
-    if args.tensor_parallel:
-        from extras.parallel import split_model
-
-        split_model(model, choose_device(args.device))
-    model.to(choose_dtype(args.dtype, model.dtype))
-    if args.int8 or args.int4:
-        from extras.quantize import quantize
-
-        quantize(model, bits=4 if args.int4 else 8)
-    return model.to(choose_device(args.device))
-
-
-def save(args: argparse.Namespace) -> None:
-    """Writes a checkpoint of the model as the options change it."""
-    processor = AudioFlamingo3Processor.from_pretrained(args.model)
-    model = load_model(args)
-    processor.save_pretrained(args.save)
-    if args.int8 or args.int4 or is_quantized(args.model):
-        from extras.quantize import save_quantized
-
-        save_quantized(model, args.save)
-    else:
-        model.save_pretrained(args.save)
-    if not args.quiet:
-        print(f"{args.save}: give it as --model", file=sys.stderr)
-
-
-def read_recording(
-    args: argparse.Namespace, processor: AudioFlamingo3Processor, name: str
-) -> Tensor:
-    """The waveform of a file, or of what is on standard input."""
-    with terminal.show_waiting(f"reading {name}", args.quiet), terminal.memory_hint(SHORTER_HINT):
-        if name != STDIN:
-            return processor.to_waveform(name)
-        with terminal.clean_up_on_interrupt(), stdin_as_file() as path:
-            return processor.to_waveform(path)
-
-
-def answer_one(args: argparse.Namespace, recording: str, prompt: str, options: dict) -> None:
-    processor = AudioFlamingo3Processor.from_pretrained(args.model)
-    waveform = read_recording(args, processor, recording)
-    with terminal.memory_hint(SHORTER_HINT):
-        inputs = processor.apply_transcription_request(waveform, prompt)
-    model = load_model(args)
-    terminal.exit_on_interrupt()
-    timer = terminal.StepTimer()
-    with terminal.memory_hint(SHORTER_HINT):
-        steps = timer.watch(model.stream(**inputs.to(model.device), **options))
-        steps = terminal.wait_for_first(steps, "reading the recording and the prompt", args.quiet)
-        steps, steps_again = tee(steps)  # the ids are needed again for their times
-        terminal.print_as_it_comes(processor.stream_text(steps))
-        if args.timestamps:
-            from extras.alignment import align, print_words
-
-            print_words(align(processor, model, inputs, torch.cat(list(steps_again))))
-    if not args.quiet:
-        print(processor.describe_audio(inputs), file=sys.stderr)
-        print(timer.summary(), file=sys.stderr)
-        limit = args.max_new_tokens or model.generation_config.max_new_tokens
-        if len(timer.seconds) == limit:
-            print("ended by the limit, which --max-new-tokens sets", file=sys.stderr)
-
-
-def explain_one(args: argparse.Namespace, recordings: list, prompt: str, options: dict) -> None:
-    """Explains the answer in the terminal, or in the page args.explain."""
-    from extras.explain import explain
-    from extras.explain_page import check_page_name, write_page
-
-    if len(recordings) != 1 or os.path.isdir(recordings[0]):
-        raise ValueError("--explain takes one sound file.")
-    if args.explain:
-        check_page_name(args.explain)
-    processor = AudioFlamingo3Processor.from_pretrained(args.model)
-    waveform = read_recording(args, processor, recordings[0])
-    model = load_model(args)
-    if not args.explain:
-        explain(processor, model, waveform, prompt, options)
-        return
-    write_page(args.explain, processor, model, waveform, recordings[0], prompt, options)
-    if not args.quiet:
-        print(f"{args.explain}: open it in a browser", file=sys.stderr)
+    return parser
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ from af3 import (
     split_heads,
 )
 from plumbing import terminal
-from processor import HOP_LENGTH, SAMPLE_RATE, AudioFlamingo3Processor, Batch
+from plumbing.transformers_conventions import Batch
+from processor import HOP_LENGTH, SAMPLE_RATE, AudioFlamingo3Processor
 
 FRAME_SECONDS = 4 * HOP_LENGTH / SAMPLE_RATE  # an audio frame is four mel frames: 40 ms
 KEPT_HEADS = 16  # heads whose attention is kept; an official checkpoint has 784
@@ -193,10 +194,8 @@ def read_again(
     Only one layer's attention, and that of the best heads so far, is in memory at a time. Heads are
     scored by the new tokens at the positions first_tokens.
     """
-    audio_frames = model.get_audio_features(
-        inputs["input_features"], inputs["feature_attention_mask"], inputs.get("window_index")
-    )
-    prompt = model.splice(inputs["input_ids"], audio_frames)
+    prompt_and_audio = {name: value for name, value in inputs.items() if name != "attention_mask"}
+    prompt = model.embed(**prompt_and_audio)
     # The last new token is only predicted. A <sound> among the others is embedded like any token.
     answer = model.language_model.model.embed_tokens(new_ids[None, :-1])
     x = torch.cat([prompt, answer], dim=1)  # (1, T, H)

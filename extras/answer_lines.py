@@ -19,16 +19,14 @@ from extras.many_recordings import (
     parse_line,
     read_jobs,
 )
-from load_weights import check_is_file
+from plumbing.json_file import check_is_file
 from plumbing.processes import is_first_process, num_processes
 from plumbing.replace_file import replace_file
 from plumbing.terminal import Progress, refuse
 from processor import AudioFlamingo3Processor
 
 
-def answer_many(
-    args: Namespace, recordings: list[str], prompt: str, options: dict, load_model: Callable
-) -> int:
+def answer_many(args: Namespace, load_model: Callable) -> int:
     """Prints a JSON line for each recording or entry, and returns the exit status.
 
     args: the command line. load_model: loads the model that args ask for.
@@ -41,7 +39,7 @@ def answer_many(
     jobs = []
     output = sys.stdout
     if is_first_process():
-        all_jobs = read_jobs(args.prompts, recordings, prompt, parse_fields(args.fields))
+        all_jobs = read_jobs(args.prompts, args.recordings, args.prompt, parse_fields(args.fields))
         jobs, output = leave_out_answered(args, all_jobs)
         check_jobs(jobs, args.choose, args.timestamps)
     progress = Progress(len(jobs), args.quiet)
@@ -52,7 +50,7 @@ def answer_many(
         progress.restart()
         shown = None if is_shared else progress  # share_jobs shows that of all processes
         return answer_jobs(
-            share, processor, model, batch_size, shown, args.choose, args.timestamps, **options
+            share, processor, model, batch_size, shown, args.choose, args.timestamps, **args.options
         )
 
     if num_processes() > 1:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from af3 import AudioFlamingo3ForConditionalGeneration
 from plumbing import terminal
-from processor import SAMPLE_RATE, AudioFlamingo3Processor, Batch
+from plumbing.transformers_conventions import Batch
+from processor import SAMPLE_RATE, AudioFlamingo3Processor, audio_frame_count
 
 
 class Conversation:
@@ -46,14 +47,19 @@ class Conversation:
         content = [{"type": "audio", "audio": audio} for audio in audios]
         content.append({"type": "text", "text": text})
         messages = [{"role": "user", "content": content}]
-        if self.pending_ids:
-            # A system message of None is skipped, and prevents the default one from being added.
-            messages.insert(0, {"role": "system", "content": None})
         batch = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+        input_ids = batch["input_ids"]
+        if self.pending_ids:  # the system turn comes only once
+            input_ids = input_ids[:, self.num_system_ids() :]
         pending_ids = torch.tensor([self.pending_ids], dtype=torch.long)
-        batch["input_ids"] = torch.cat([pending_ids, batch["input_ids"]], dim=1)
+        batch["input_ids"] = torch.cat([pending_ids, input_ids], dim=1)
         del batch["attention_mask"]  # every token is real
         return batch.to(self.model.device)
+
+    def num_system_ids(self) -> int:
+        system_turn = ("system", [self.processor.system_message])
+        pieces = self.processor.lay_out([system_turn], add_generation_prompt=False)
+        return len(self.processor.tokenizer.encode_pieces(pieces))
 
     def answer(self, question: Batch, **options) -> Iterator[Tensor]:
         """Yields the new ids of the answer, each (1,). Options are those of `generate`.
@@ -241,7 +247,7 @@ class TerminalChat:
         cache = self.conversation.cache
         tokens = cache.length
         for audio in [*self.audios, waveform]:
-            tokens += self.processor.count_audio_frames(audio)
+            tokens += audio_frame_count(audio)
         if tokens + self.max_new_tokens() > cache.capacity:
             raise ValueError(
                 f"{name}: no room for it beside the {cache.length} tokens of the conversation, "
@@ -265,7 +271,7 @@ class TerminalChat:
         terminal.print_as_it_comes(self.processor.stream_text(chain(first_step, steps)))
         self.audios = []
         if "feature_attention_mask" in question:
-            self.tell(self.processor.describe_audio(question))
+            self.tell(terminal.describe_audio(question, self.processor.audio_token_id))
         self.tell(timer.summary())
 
 

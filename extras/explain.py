@@ -15,7 +15,7 @@ from af3 import AudioFlamingo3ForConditionalGeneration, frame_counts
 from extras.alignment import UNCLEAR, Alignment, align
 from extras.stage_trace import describe_frames, fold_prompt, follow, stage_table
 from plumbing import terminal
-from processor import WINDOW_SECONDS, AudioFlamingo3Processor, mel_edges, plural
+from processor import WINDOW_SECONDS, AudioFlamingo3Processor, mel_edges
 
 # From dark to bright: colors of a 256-color terminal, and characters for other terminals.
 HEAT = [16, 17, 18, 54, 90, 126, 162, 198, 203, 208, 214, 220, 226, 228, 230, 231]
@@ -174,7 +174,7 @@ def frequency_labels() -> list[str]:
 def frame_label(mel_frames: int, width: int) -> str:
     """The longest label that fits."""
     _, audio_frames = frame_counts(mel_frames)
-    long_label = plural(audio_frames, "audio frame")
+    long_label = terminal.plural(audio_frames, "audio frame")
     for label in (f" {long_label} ", f" {audio_frames} ", str(audio_frames), ""):
         if len(label) <= width:
             break

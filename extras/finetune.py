@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from af3 import AudioFlamingo3ForConditionalGeneration, check_length
+from af3 import AudioFlamingo3ForConditionalGeneration
 from extras.lora import DECODER_LINEARS, HEAD, add_factors, choose_layers, save_adapter
 from extras.many_recordings import (
     OWN_FIELDS,
@@ -47,11 +47,13 @@ from extras.many_recordings import (
     warn_about_missing_prompts,
     with_choices,
 )
-from load_weights import is_quantized
 from plumbing import terminal
+from plumbing.check_checkpoint import is_quantized
+from plumbing.check_inputs import check_length
 from plumbing.processes import is_first_process, num_processes, process_number
 from plumbing.save_checkpoint import check_can_save, new_files
-from processor import AudioFlamingo3Processor, Batch
+from plumbing.transformers_conventions import Batch
+from processor import AudioFlamingo3Processor, audio_frame_count
 
 STATE_FILE = "training_state.pt"
 SHOWN_ANSWERS = 4  # held-out examples whose answers a report prints
@@ -125,7 +127,7 @@ def read_example(
     content = []
     num_frames = 0
     for file in job.recordings:
-        num_frames += processor.count_audio_frames(load_one(file, processor))
+        num_frames += audio_frame_count(load_one(file, processor))
         content.append({"type": "audio", "path": file})
     content.append({"type": "text", "text": with_choices(job.prompt, job.choices)})
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]

@@ -14,15 +14,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from load_weights import (
-    TRANSFORMERS_5_NAMES,
-    check_is_file,
-    check_is_there,
-    errors_naming,
-    find_checkpoint,
-    model_name,
-    read_json,
-)
+from load_weights import TRANSFORMERS_5_NAMES, model_name
+from plumbing.find_checkpoint import find_checkpoint
+from plumbing.json_file import check_exists, check_is_file, errors_naming, read_json
 from plumbing.save_checkpoint import new_files, write_json
 
 DECODER_LINEARS = (
@@ -125,7 +119,7 @@ def find_think_adapter(path: str | Path) -> Path:
         raise FileNotFoundError(
             f"{think}: no such directory; the AF-Think adapter is expected there, or in stage35/."
         )
-    check_is_there(think / OTHERS)  # AF-Think has weights besides its factors
+    check_exists(think / OTHERS)  # AF-Think has weights besides its factors
     return think
 
 

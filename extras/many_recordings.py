@@ -19,12 +19,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from af3 import AudioFlamingo3ForConditionalGeneration, check_length
+from af3 import AudioFlamingo3ForConditionalGeneration
 from extras.alignment import UNCLEAR, align, as_fields
-from load_weights import check_is_file
 from plumbing.audio_file import AUDIO_SUFFIXES, check_is_no_url
+from plumbing.check_inputs import check_length, check_plain_prompt
+from plumbing.json_file import check_is_file
 from plumbing.terminal import Progress, describe_error
-from processor import AudioFlamingo3Processor, Batch, check_plain_prompt
+from plumbing.transformers_conventions import Batch
+from processor import AudioFlamingo3Processor
 
 OUTCOMES = ("response", "error")
 TIMESTAMPS = "words"  # the field for timestamps

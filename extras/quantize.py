@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from af3 import AudioFlamingo3Config, AudioFlamingo3ForConditionalGeneration
 from extras.float32_matmul import chunk_rows, count_tokens, multiply_in_chunks
 from extras.int4 import BLOCK, GROUP, Int4Linear, operator_block_rows
-from load_weights import find_checkpoint, read_json
+from plumbing.find_checkpoint import find_checkpoint
+from plumbing.json_file import read_json
 from plumbing.save_checkpoint import hub_config, write_checkpoint
 
 

@@ -41,7 +41,7 @@ import numpy as np
 
 from extras.many_recordings import read_entries
 from plumbing import terminal
-from processor import strip_transcription_prefix
+from plumbing.transcription_prefix import strip_transcription_prefix
 
 LETTERS = string.ascii_uppercase
 

@@ -14,14 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from af3 import AudioFlamingo3ForConditionalGeneration, frame_counts
-from processor import (
-    N_MEL_FRAMES,
-    N_SAMPLES,
-    SAMPLE_RATE,
-    AudioFlamingo3Processor,
-    Batch,
-    feature_batch,
-)
+from plumbing.transformers_conventions import Batch
+from processor import N_MEL_FRAMES, N_SAMPLES, SAMPLE_RATE, AudioFlamingo3Processor, feature_batch
 
 
 @dataclass

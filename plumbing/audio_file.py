@@ -24,6 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from plumbing.check_inputs import check_finite_samples, check_samples
+
 # The formats that ffmpeg may open. Playlists are excluded because they can refer to other files.
 FFMPEG_FORMATS = "mp3,flac,ogg,mov,matroska,avi,mpegts,mpeg,flv,aac,aiff,wav,w64,asf,caf,amr,au,wv"
 
@@ -85,6 +87,35 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def load_waveform(
+    audio, name: str, sampling_rate: int, max_samples: int, min_samples: int
+) -> Tensor:
+    """The float32 waveform (n,) of a file, or of 1-D samples at `sampling_rate` Hz.
+
+    Samples are an array, a tensor or a list; integers are scaled by their type's range. What is
+    longer than max_samples is cut, with a warning. `name` is for errors where there is no file.
+    """
+    if isinstance(audio, (str, Path)):
+        name = str(audio)
+        audio = load_audio(audio, sampling_rate, max_samples / sampling_rate)
+    samples = as_array(audio)
+    check_samples(samples, name, min_samples)
+    samples = to_float32(samples)
+    check_finite_samples(samples, name)
+    if len(samples) > max_samples:
+        warn_about_length(len(samples) / sampling_rate, max_samples / sampling_rate)
+    return torch.from_numpy(samples[:max_samples])
+
+
+def as_array(audio) -> np.ndarray:
+    if isinstance(audio, np.ndarray):
+        return audio
+    if isinstance(audio, Tensor):
+        audio = audio.detach().cpu()
+        return audio.float().numpy() if audio.is_floating_point() else audio.numpy()
+    return np.asarray(audio, dtype=np.float32)
 
 
 def warn_about_length(seconds: float, max_seconds: float) -> None:

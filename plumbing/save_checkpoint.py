@@ -14,10 +14,11 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from plumbing.devices import shapes_without_memory
 
 MAX_SHARD_BYTES = 4_500_000_000
 
@@ -150,7 +151,9 @@ def write_json(path: Path, content: dict) -> None:
 
 def hub_config(model: nn.Module) -> dict:
     """Returns the config.json the model was loaded from, or a new one, with the current dtype."""
-    config = model.source_config or new_config(model)
+    config = model.source_config
+    if "text_config" not in config:  # the original layout, or a new model
+        config = new_config(model)
     config = {**config, "dtype": str(model.dtype).removeprefix("torch.")}
     config.pop("torch_dtype", None)  # its older name
     for section in ("audio_config", "text_config"):
@@ -191,7 +194,7 @@ def new_config(model: nn.Module) -> dict:
 
 def check_is_plain(model: nn.Module) -> None:
     """Refuses a model whose tensors are not those of a checkpoint, for example one in int8."""
-    with torch.device("meta"):
+    with shapes_without_memory():
         plain = type(model)(model.config)
     others = set(model.state_dict()) ^ set(plain.state_dict())
     if others:

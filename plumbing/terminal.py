@@ -101,7 +101,8 @@ def memory_hint(hint: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if "memory" not in repr(error).lower():
+        has_hint = str(error).startswith("out of memory; ")
+        if "memory" not in repr(error).lower() or has_hint:
             raise
         raise MemoryError(f"out of memory; {hint}: {one_line(error)}") from None
 
@@ -202,10 +203,12 @@ class StepTimer:
     def __init__(self):
         self.start = time.perf_counter()
         self.seconds = []  # since the start, one for each step
+        self.steps = []
 
     def watch(self, steps: Iterable) -> Iterator:
         for step in steps:
             self.seconds.append(time.perf_counter() - self.start)
+            self.steps.append(step)
             yield step
 
     def summary(self) -> str:
@@ -216,6 +219,20 @@ class StepTimer:
             rate = (count - 1) / (self.seconds[-1] - first)
             text += f", then {rate:.1f} tokens/s"
         return text
+
+
+def describe_audio(batch: dict, audio_token_id: int) -> str:
+    """A line about the recordings in a batch of the processor."""
+    mask = batch["feature_attention_mask"]
+    seconds = int(mask.sum()) / 100
+    audio_frames = int((batch["input_ids"] == audio_token_id).sum())
+    digits = 1 if seconds >= 1 else 2
+    windows = plural(len(mask), "window")
+    return f"heard {seconds:.{digits}f} s: {windows}, {plural(audio_frames, 'audio frame')}"
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def print_as_it_comes(texts: Iterable[str]) -> None:

@@ -19,7 +19,8 @@ from checkpoints import (
     write_sharded,
 )
 from conftest import TINY
-from load_weights import DOWNLOAD_COMMAND, find_checkpoint, read_config, read_token_ids
+from load_weights import read_config
+from plumbing.find_checkpoint import DOWNLOAD_COMMAND, find_checkpoint
 from processor import AudioFlamingo3Processor
 from signals import conversation, sound
 
@@ -112,7 +113,7 @@ def test_tiny_is_smaller_than_16_megabytes():
 
 
 def read_text_config(folder) -> dict:
-    return read_config(folder, read_token_ids(folder))["text_config"]
+    return read_config(folder)["text_config"]
 
 
 @pytest.mark.parametrize("spelling", ["flat", "nested"])

@@ -13,13 +13,12 @@ from af3 import (
     AudioFlamingo3EncoderConfig,
     AudioFlamingo3ForConditionalGeneration,
     MusicFlamingoForConditionalGeneration,
-    RotaryTimeConfig,
-    RotaryTimeEmbedding,
 )
 from checkpoints import SYSTEM_MESSAGES, change_json
 from conftest import TESTS
 from extras.chat import Conversation
-from load_weights import read_config, read_token_ids
+from extras.music_flamingo import RotaryTimeConfig, RotaryTimeEmbedding
+from load_weights import read_config
 from processor import AudioFlamingo3Processor, MusicFlamingoProcessor
 from signals import CHAT, MUSIC_CASES, conversation, sound, write_wav
 
@@ -161,7 +160,7 @@ def test_audio_flamingo_3_has_no_rotary_time(model, processor):
 
 
 def test_the_rotary_time_at_the_top_of_config_json_is_not_the_decoders(music_flamingo):
-    config = read_config(music_flamingo, read_token_ids(music_flamingo))
+    config = read_config(music_flamingo)
     config = AudioFlamingo3Config.from_dict(config)
     assert config.rotary_time_config == RotaryTimeConfig(1200, 0.2, 0.01)
     expected = {"music": (1e6, 4096), "next": (15.3e6, 131072)}[music_flamingo.name]
@@ -219,7 +218,7 @@ def test_features_without_window_index_are_refused(music_model, music_processor)
 
 
 def test_a_recording_is_between_its_borders(music_processor):
-    begin_id, end_id = music_processor.border_ids
+    begin_id, end_id = music_processor.borders.ids
     sound_id = music_processor.audio_token_id
     ids = music_processor("Hi", sound(490000))["input_ids"][0].tolist()
     first = ids.index(begin_id)
@@ -229,7 +228,7 @@ def test_a_recording_is_between_its_borders(music_processor):
 
 
 def test_windows_placed_by_hand_have_borders_around_them_all(music_processor):
-    begin_id, end_id = music_processor.border_ids
+    begin_id, end_id = music_processor.borders.ids
     ids = music_processor("a<sound>b<sound>c", sound(490000))["input_ids"][0].tolist()
     sound_id = music_processor.audio_token_id
     assert ids[ids.index(begin_id) + 1] == sound_id
@@ -239,7 +238,7 @@ def test_windows_placed_by_hand_have_borders_around_them_all(music_processor):
 
 
 def test_borders_that_a_user_spells_out_are_text(music_processor):
-    begin_id, end_id = music_processor.border_ids
+    begin_id, end_id = music_processor.borders.ids
     ids = music_processor("<|sound_bos|><|sound_eos|>")["input_ids"]
     assert not torch.isin(ids, torch.tensor([begin_id, end_id])).any()
 

@@ -29,7 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from af3 import AudioFlamingo3Config, AudioFlamingo3ForConditionalGeneration, frame_counts
-from load_weights import read_config, read_token_ids
+from load_weights import read_config
 from plumbing.audio_file import load_audio, resample
 from processor import (
     N_MEL_FRAMES,
@@ -430,11 +430,10 @@ def collate(examples: list, processor: AudioFlamingo3Processor) -> dict[str, Ten
     prompts = []
     for mel, prompt, answer in examples:
         _, audio_frames = frame_counts(len(mel))
-        pieces = processor._prompt_pieces(prompt, num_windows=1)
-        position = pieces.index(processor.audio_token_id)
-        pieces[position : position + 1] = [processor.audio_token_id] * audio_frames
+        content = [processor.audio_token_id] * audio_frames + [prompt]
+        pieces = processor.lay_out([("user", content)], add_generation_prompt=True)
         prompts.append([*pieces, answer, processor.end_id])
-    batch = processor._batch(prompts, padding_side="right", output_labels=True)
+    batch = processor.make_batch(prompts, [], padding_side="right", output_labels=True)
     for labels, mask, (_, _, answer) in zip(batch["labels"], batch["attention_mask"], examples):
         answer_length = len(processor.tokenizer.encode(answer)) + 1
         labels[: mask.sum() - answer_length] = -100
@@ -452,7 +451,7 @@ def collate(examples: list, processor: AudioFlamingo3Processor) -> dict[str, Ten
 def new_model(folder: Path) -> AudioFlamingo3ForConditionalGeneration:
     """Writes a new tokenizer; returns a new model, whose layers add little at first."""
     write_tokenizer(folder / "tokenizer.json")
-    config = read_config(folder, read_token_ids(folder))
+    config = read_config(folder)
     model = AudioFlamingo3ForConditionalGeneration(AudioFlamingo3Config.from_dict(config))
     last_of_a_block = ("out_proj.weight", "o_proj.weight", "fc2.weight", "down_proj.weight")
     for name, parameter in model.named_parameters():

@@ -32,9 +32,10 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from af3 import AudioFlamingo3ForConditionalGeneration, choose_device
+from af3 import AudioFlamingo3ForConditionalGeneration
 from extras.float32_matmul import use_float32_matmul
 from extras.quantize import LAYERS, quantize
+from plumbing.devices import choose_device
 from plumbing.terminal import exit_with
 from processor import SAMPLE_RATE, AudioFlamingo3Processor
 from signals import conversation, sound

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from af3 import AudioFlamingo3ForConditionalGeneration, frame_counts
-from load_weights import check_is_checkpoint, is_music_flamingo, read_json
+from extras.music_flamingo import is_music_flamingo
+from plumbing.find_checkpoint import check_is_checkpoint
+from plumbing.json_file import read_json
 from plumbing.terminal import exit_with
 from processor import AudioFlamingo3Processor
 from signals import CASES, MUSIC_CASES, conversation, sound

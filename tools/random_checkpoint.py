@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from af3 import AudioFlamingo3Config, AudioFlamingo3ForConditionalGeneration
 from checkpoints import change_json, change_section
-from load_weights import read_config, read_token_ids
+from load_weights import read_config
+from plumbing.devices import shapes_without_memory
 from plumbing.save_checkpoint import INDEX, MAX_SHARD_BYTES, divide_into_shards, write_json
 from plumbing.terminal import exit_with
 
@@ -43,8 +44,8 @@ def copy_words(source: Path, folder: Path, small: bool) -> None:
 
 def write_random_weights(folder: Path, dtype: torch.dtype, seed: int) -> None:
     """Writes one shard at a time, so that only one is in memory."""
-    config = read_config(folder, read_token_ids(folder))
-    with torch.device("meta"):  # shapes without memory
+    config = read_config(folder)
+    with shapes_without_memory():
         model = AudioFlamingo3ForConditionalGeneration(AudioFlamingo3Config.from_dict(config))
     shapes = model.to(dtype).state_dict()
     generator = torch.Generator().manual_seed(seed)

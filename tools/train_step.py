@@ -20,7 +20,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from af3 import AudioFlamingo3Config, AudioFlamingo3ForConditionalGeneration, Qwen2Config
 from bench import peak_memory
 from extras.finetune import AnswerLoss, Settings, make_trainable, save_memory, train_step
-from processor import Batch, feature_batch
+from plumbing.transformers_conventions import Batch
+from processor import feature_batch
 from signals import sound
 
 AUDIO_FRAMES = 125  # 5 s

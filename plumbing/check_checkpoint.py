@@ -1,0 +1,168 @@
+"""Checks of a checkpoint's files: a ValueError of one line that names the file, and the field or
+tensor if there is one."""
+
+import re
+import warnings
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from plumbing.check_inputs import check_generation_options
+from plumbing.find_checkpoint import find_checkpoint
+from plumbing.json_file import check_exists, errors_naming, read_json
+
+# ---- config.json ----
+
+# The first two are in the hub layout, the last in the original one.
+MODEL_TYPES = ("audioflamingo3", "musicflamingo", "llava_llama")
+
+# The only values that the network in af3.py computes.
+SUPPORTED = {
+    "activation_function": "gelu",
+    "hidden_act": "silu",
+    "projector_hidden_act": "gelu",
+    "projector_bias": True,
+    "scale_embedding": False,
+    "use_sliding_window": False,
+    "tie_word_embeddings": False,
+    "rope_type": "default",
+    "rope_scaling": None,
+    "num_mel_bins": 128,
+    "max_source_positions": 1500,
+}
+
+# The largest values that a real model may have.
+LARGEST_SIZES = {
+    "hidden_size": 1 << 24,
+    "num_hidden_layers": 1 << 10,
+    "num_attention_heads": 1 << 24,
+    "num_key_value_heads": 1 << 24,
+    "intermediate_size": 1 << 24,
+    "vocab_size": 1 << 24,
+    "max_position_embeddings": 1 << 24,
+    "rms_norm_eps": 1.0,
+    "rope_theta": 1e12,
+    "partial_rotary_factor": 0.5,  # each angle rotates two channels
+    "audio_frame_step": 1.0,
+}
+
+
+def check_model_type(config: dict, path: Path) -> None:
+    model_type = config.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise ValueError(
+            f"{path}: model_type is {model_type!r}; "
+            "an audioflamingo3 or musicflamingo checkpoint is expected."
+        )
+
+
+def check_section(section: dict, path: Path) -> None:
+    """Refuses a section of a config.json that describes another network, or no network."""
+    for key, value in SUPPORTED.items():
+        if section.get(key, value) != value:
+            raise ValueError(f"{path}: {key} is {section[key]!r}; only {value!r} is supported.")
+    for key, largest in LARGEST_SIZES.items():
+        value = section.get(key, largest)
+        kinds = (int,) if isinstance(largest, int) else (int, float)
+        if type(value) not in kinds or not 0 < value <= largest:
+            kind = kinds[-1].__name__
+            raise ValueError(
+                f"{path}: {key} is {value!r}; {kind} above 0 and up to {largest} is expected."
+            )
+    hidden_size = section.get("hidden_size", 0)
+    heads = section.get("num_attention_heads", 1)
+    key_value_heads = section.get("num_key_value_heads", 1)
+    if hidden_size % heads or heads % key_value_heads:
+        raise ValueError(
+            f"{path}: hidden_size is no multiple of num_attention_heads, "
+            "or that is no multiple of num_key_value_heads."
+        )
+
+
+def check_vocabulary(vocab_size, audio_token_id, token_ids: dict[str, int], path: Path) -> None:
+    sound_id = token_ids.get("<sound>")
+    without_gaps = set(token_ids.values()) == set(range(len(token_ids)))
+    if vocab_size != len(token_ids) or audio_token_id != sound_id or not without_gaps:
+        raise ValueError(
+            f"{path}: vocab_size is {vocab_size} and <sound> is {audio_token_id}; "
+            f"tokenizer.json beside it has {len(token_ids)} tokens, "
+            f"of which <sound> is {sound_id}."
+        )
+
+
+def is_quantized(name: str | Path) -> bool:
+    """Whether a checkpoint's weights are quantized; extras/quantize.py reads its own files."""
+    return "quantization_config" in read_json(find_checkpoint(name) / "config.json")
+
+
+# ---- generation_config.json, processor_config.json ----
+
+
+def check_generation_file(options: dict, path: Path) -> None:
+    with errors_naming(path):
+        check_generation_options(options)
+
+
+# The values that are constants in processor.py.
+FEATURE_EXTRACTOR = {
+    "sampling_rate": 16000,
+    "chunk_length": 30,
+    "feature_size": 128,
+    "n_fft": 400,
+    "hop_length": 160,
+}
+
+
+def check_feature_extractor(config: dict, folder: Path) -> None:
+    """Refuses features that are not those of processor.py.
+
+    config: that of processor_config.json. An older checkpoint has preprocessor_config.json instead.
+    """
+    path = folder / "processor_config.json"
+    values = config.get("feature_extractor")
+    if values is None and (folder / "preprocessor_config.json").exists():
+        path = folder / "preprocessor_config.json"
+        values = read_json(path)
+    with errors_naming(path):
+        for key, value in FEATURE_EXTRACTOR.items():
+            if values is not None and values.get(key, value) != value:
+                raise ValueError(f"{key} is {values[key]}; this model's is {value}.")
+
+
+def check_max_audio_len(seconds, path: Path) -> None:
+    if not isinstance(seconds, (int, float)) or not 0 < seconds < 1e6:
+        raise ValueError(f"{path}: max_audio_len is {seconds!r}; seconds above 0 are expected.")
+
+
+# ---- Tensors ----
+
+
+def check_is_complete(path: Path) -> None:
+    """Refuses a safetensors file that is absent or cut off, as after an interrupted download."""
+    check_exists(path)
+    try:
+        safe_open(path, "pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged or not complete ({error}); download it again.") from None
+
+
+def check_weight_map(weight_map, index: Path) -> None:
+    """Refuses file names that would lead out of the folder, and other kinds of file."""
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"[^/\\]+\.safetensors", name):
+            raise ValueError(
+                f"{index}: weight_map names {name!r}; "
+                "names of safetensors files beside the index are expected."
+            )
+
+
+def warn_about_newer_file(single: Path, shards: list[Path]) -> None:
+    """Somebody may have saved trained weights beside the shards, which are what is read."""
+    existing = [shard.stat().st_mtime for shard in shards if shard.exists()]
+    if single not in shards and single.exists() and existing:
+        if single.stat().st_mtime > max(existing):
+            warnings.warn(
+                f"{single} is newer than {shards[0].name} and the other shards, which are read; "
+                "remove what you do not want."
+            )

@@ -1,0 +1,59 @@
+"""JSON files of a checkpoint, and errors of one line that name the file."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises OSError or ValueError, naming the file."""
+    check_exists(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); download it again.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: a JSON object is expected.")
+    return content
+
+
+def from_known_keys(cls: type, values: dict):
+    """A dataclass, from those of the values that it has fields for; files contain many others."""
+    names = {f.name for f in fields(cls)}
+    return cls(**{name: value for name, value in values.items() if name in names})
+
+
+@contextmanager
+def errors_naming(path: Path) -> Iterator[None]:
+    """Turns any error inside into a ValueError of one line that names `path`."""
+    try:
+        yield
+    except Exception as error:
+        reason = shorten(str(error))
+        if str(path) in reason:
+            raise ValueError(reason) from None
+        if not isinstance(error, (ValueError, RuntimeError, OSError)):
+            reason = f"unexpected content ({error!r})"
+        raise ValueError(f"{path}: {reason}") from None
+
+
+def shorten(message: str) -> str:
+    """A message in one line. Where it lists many tensors, only the first few."""
+    lines = message.splitlines()
+    if len(lines) > 6:
+        lines = [*lines[:3], f"... and {len(lines) - 3} more."]
+    return " ".join(" ".join(line.split())[:500] for line in lines)
+
+
+def check_is_file(path: Path) -> None:
+    """Refuses what exists and is not a file, for example a pipe, which would block."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: not a file.")
+
+
+def check_exists(path: Path) -> None:
+    check_is_file(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; the checkpoint is not complete.")
