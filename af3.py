@@ -1,4 +1,4 @@
-"""Audio Flamingo 3, the network: token ids and log-mel windows in, logits or new token ids out.
+"""Audio Flamingo 3, the network: token ids and log-mel windows in, new token ids out.
 
 The sections follow a recording to the first word of the answer:
 
@@ -11,20 +11,20 @@ The sections follow a recording to the first word of the answer:
     Next token      logits -> one new id for each row
     Whole model     audio features, prefill, decoding, loss, generation, loading
 
-Audio Flamingo 3 combines parts that you may know. This is what differs from each of them:
+Its parts come from models that you may know. What differs from each of them:
 
-    Whisper large-v3  The encoder has Whisper's 32 layers. Then an average pool halves the frames,
-                      from one every 20 ms to one every 40 ms, and the final LayerNorm comes after
-                      the pool. Padding at the end of a window is masked; Whisper attends to it.
-    Qwen2-Audio       It has the same encoder and pool. Its projector is one linear layer; here
-                      there are two, with a GELU between them. It accepts one window of 30 s; here
-                      a recording is split into up to 20 windows, and their frames are joined.
-    Qwen2.5-7B        The decoder is the same, except for a few added tokens such as <sound>. Each
-                      <sound> in the prompt is replaced by one audio frame.
+    Whisper large-v3  The encoder has Whisper's 32 layers. Then an average pool halves the
+                      frames, from one every 20 ms to one every 40 ms, and the last LayerNorm
+                      follows. Padding at the end of a window is masked; Whisper attends to it.
+    Qwen2-Audio       It has the same encoder and pool. Its projector is one linear layer, and
+                      it accepts one window of 30 s. Here the projector has two layers, and a
+                      recording is split into up to 20 windows, whose frames are joined.
+    Qwen2.5-7B        The decoder is the same, with a few added tokens. One of them is <sound>:
+                      each <sound> in the prompt is replaced by one audio frame.
 
-Letters in shapes: B rows of a batch, T tokens, W windows, C conv frames, A audio frames per window,
-N audio frames of all windows, H hidden size, D size of an attention head, V vocabulary size.
-Modules are named like the tensors of nvidia/audio-flamingo-3-hf, so `load_state_dict` finds them.
+Letters in shapes: B rows of a batch, T tokens, W windows, C conv frames, A audio frames of
+a window, N audio frames of all windows, H hidden size, D size of a head, V vocabulary size.
+Modules are named like the tensors of nvidia/audio-flamingo-3-hf, for `load_state_dict`.
 """
 
 from collections.abc import Iterator
@@ -82,25 +82,15 @@ class AudioFlamingo3Config:
     audio_token_id: int = 151669  # <sound>
     rotary_time_config: object = None  # only for its siblings; see extras/music_flamingo.py
 
-    @classmethod
-    def from_dict(cls, config: dict) -> "AudioFlamingo3Config":
-        """From the plain dictionaries of `load_weights.read_config`."""
-        return cls(
-            audio_config=from_known_keys(AudioFlamingo3EncoderConfig, config["audio_config"]),
-            text_config=from_known_keys(Qwen2Config, config["text_config"]),
-            audio_token_id=config["audio_token_id"],
-            rotary_time_config=config["rotary_time_config"],
-        )
-
 
 # ---- Frame counts ----
 def frame_counts(mel_frames):
-    """The numbers of conv frames and audio frames of a window with `mel_frames` real mel frames.
+    """How many conv frames and audio frames a window with `mel_frames` real mel frames has.
 
     Takes and returns ints or integer tensors. A full window: 3000 -> (1500, 750).
     """
-    num_conv_frames = (mel_frames + 1) // 2  # conv2 has stride 2 and padding 1: rounds up
-    num_audio_frames = num_conv_frames // 2  # the pool averages pairs: an odd last frame is dropped
+    num_conv_frames = (mel_frames + 1) // 2  # conv2, stride 2: rounds up
+    num_audio_frames = num_conv_frames // 2  # average pool of pairs: rounds down
     return num_conv_frames, num_audio_frames
 
 
@@ -115,15 +105,15 @@ class AudioFlamingo3Attention(nn.Module):
         super().__init__()
         hidden_size = config.hidden_size
         self.head_dim = hidden_size // config.num_attention_heads
-        # A bias on the keys would add the same to all scores of a query, and softmax cancels that.
+        # No bias: it would add the same to all scores of a query, which softmax cancels.
         self.k_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.v_proj = nn.Linear(hidden_size, hidden_size)
         self.q_proj = nn.Linear(hidden_size, hidden_size)
         self.out_proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        # The queries are scaled, not the scores, because the model was trained like this:
-        # in bfloat16 the two round differently.
+        # The queries are scaled, not the scores, as in training: in bfloat16 the two round
+        # differently.
         q = self.q_proj(x) * self.head_dim**-0.5
         q = split_heads(q, self.head_dim)  # (W, heads, C, D)
         k = split_heads(self.k_proj(x), self.head_dim)
@@ -164,42 +154,43 @@ class AudioFlamingo3Encoder(nn.Module):
         self.layer_norm = nn.LayerNorm(hidden_size)
 
     def forward(self, input_features: Tensor, feature_attention_mask: Tensor) -> Tensor:
-        """Audio frames (W, A, H) of log-mel windows; A is the number of the longest window.
+        """Audio frames (W, A, H) of log-mel windows; A is that of the longest window.
 
-        input_features: (W, mel bins, mel frames), of any float dtype.
-        feature_attention_mask: (W, mel frames), first 1 on real mel frames, then 0 on padding.
+        input_features: (W, mel bins, mel frames), any float dtype.
+        feature_attention_mask: (W, mel frames), 1 on real mel frames, then 0 on padding.
         """
         num_conv_frames, _ = frame_counts(feature_attention_mask.sum(-1))  # (W,)
         longest = int(num_conv_frames.max())
 
-        # Whisper always encodes 3000 mel frames. We stop after the last real conv frame, which
-        # makes a 5 s clip 7 to 10 times as fast and changes nothing, because padding is masked.
-        # Conv frame c depends on mel frames 2c - 2 to 2c + 2, so the last one, c = longest - 1,
-        # needs the mel frames up to 2 * longest.
+        # Whisper always encodes 3000 mel frames. Stopping after the last real conv frame makes
+        # a 5 s clip 7 to 10 times as fast. The result is the same: the rest is masked anyway.
+        # Conv frame c depends on mel frames 2c - 2 to 2c + 2, so the last real one, longest - 1,
+        # depends on mel frames up to 2 * longest.
         x = input_features[:, :, : 2 * longest + 1].to(self.conv1.weight.dtype)
         x = F.gelu(self.conv1(x))
         x = F.gelu(self.conv2(x))[:, :, :longest]
         x = x.transpose(1, 2)  # (W, C, H)
         x = x + self.embed_positions.weight[:longest]
 
-        # Windows that are shorter than the longest still end in padding, which no query may see.
+        # A window that is shorter than the longest still ends in padding. No query may see it.
         is_real = torch.arange(longest, device=x.device) < num_conv_frames[:, None]  # (W, C)
         mask = is_real[:, None, None]  # (W, 1, 1, C), the same for all heads and queries
         for layer in self.layers:
             x = layer(x, mask)
 
-        # An odd last conv frame was a key in attention, but has no partner in the pool. The frames
-        # that a shorter window has after its own are removed by `get_audio_features`.
+        # An odd last conv frame was a key in attention, but has no partner in the pool.
+        # `get_audio_features` drops the padding at the end of shorter windows.
         pairs = x[:, : longest // 2 * 2].unflatten(1, (-1, 2))  # (W, A, 2, H)
         return self.layer_norm(pairs.mean(2))
 
 
 # ---- Projector: audio frames -> the decoder's width ----
 class AudioFlamingo3MultiModalProjector(nn.Module):
-    def __init__(self, audio_hidden_size: int, text_hidden_size: int):
+    def __init__(self, config: AudioFlamingo3Config):
         super().__init__()
-        self.linear_1 = nn.Linear(audio_hidden_size, text_hidden_size)
-        self.linear_2 = nn.Linear(text_hidden_size, text_hidden_size)
+        text_size = config.text_config.hidden_size
+        self.linear_1 = nn.Linear(config.audio_config.hidden_size, text_size)
+        self.linear_2 = nn.Linear(text_size, text_size)
 
     def forward(self, frames: Tensor) -> Tensor:
         return self.linear_2(F.gelu(self.linear_1(frames)))
@@ -207,9 +198,9 @@ class AudioFlamingo3MultiModalProjector(nn.Module):
 
 # ---- Splice: audio frames -> the <sound> positions of the prompt ----
 def splice(x: Tensor, is_sound: Tensor, audio_frames: Tensor) -> Tensor:
-    """Embeddings x (B, T, H) in which each position of is_sound (B, T) holds an audio frame.
+    """Embeddings x (B, T, H), with the next audio frame wherever is_sound (B, T) is True.
 
-    audio_frames (N, H) are placed in order, row after row. The length T stays the same.
+    audio_frames: (N, H), in order, row after row. The length T stays the same.
     """
     num_tokens = int(is_sound.sum())
     if num_tokens != len(audio_frames):
@@ -224,9 +215,9 @@ def splice(x: Tensor, is_sound: Tensor, audio_frames: Tensor) -> Tensor:
 class KeyValueCache:
     """The keys and values of all tokens read so far, in every layer, for `capacity` tokens.
 
-    It belongs to one call of `generate`, or to one conversation. In a batch, a prompt that is
-    shorter than the longest is padded on the right. The padding stays in the cache, between the
-    prompt and the answer; `is_real` is False there, so no token attends to it.
+    It belongs to one call of `generate`, or to one conversation. In a batch, a shorter prompt is
+    padded on the right, and the padding stays in the cache, between prompt and answer. There,
+    `is_real` is False, so that no token attends to it.
     """
 
     def __init__(self, config: Qwen2Config, rows: int, capacity: int, dtype, device):
@@ -239,14 +230,14 @@ class KeyValueCache:
         self.length = 0  # tokens so far, padding included
 
     def extend(self, attention_mask: Tensor) -> Tensor:
-        """Makes room for new tokens (B, T). Returns which of all tokens are real, (B, length)."""
+        """Makes room for tokens (B, T). Returns which of all tokens are real, (B, length)."""
         start = self.length
         self.length += attention_mask.shape[1]
         self.is_real[:, start : self.length] = attention_mask
         return self.is_real[:, : self.length]
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores keys and values (B, heads, T, D) of the new tokens; returns those of all tokens."""
+        """Stores the new keys and values (B, heads, T, D); returns those of all tokens."""
         start = self.length - k.shape[2]
         self.keys[layer][:, :, start : self.length] = k
         self.values[layer][:, :, start : self.length] = v
@@ -278,8 +269,7 @@ class Qwen2RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # Cast back to bfloat16 before multiplying by the weight, as Qwen2 does; F.rms_norm casts
-        # after.
+        # As in Qwen2, cast back before multiplying by the weight. F.rms_norm casts after.
         y = x.float()
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * y.to(x.dtype)
@@ -317,10 +307,9 @@ class Qwen2Attention(nn.Module):
 def attend_one_token(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of one query per row and head to all keys, without copying keys and values.
 
-    F.scaled_dot_product_attention(..., enable_gqa=True) copies each key-value head for all query
-    heads that share it. Here 28 heads with one query each, (B, 28, 1, D), are viewed as 4 heads
-    with 7 queries each, (B, 4, 7, D). After ten minutes of audio, attention is ten times as fast
-    in bfloat16, and a whole token twice as fast.
+    With enable_gqa=True, PyTorch copies each key-value head for all query heads that share
+    it. Here 28 heads with one query each, (B, 28, 1, D), are viewed as 4 heads with 7 queries
+    each, (B, 4, 7, D). After ten minutes of audio, a token takes half the time.
     """
     batch, query_heads, _, head_dim = q.shape
     grouped = q.view(batch, k.shape[1], -1, head_dim)  # (B, key-value heads, queries, D)
@@ -385,7 +374,7 @@ class Qwen2Model(nn.Module):
 
 
 def causal_mask(is_real: Tensor, tokens: int) -> Tensor:
-    """(B, 1, T, length), True where one of the last T tokens may attend to one of all tokens.
+    """(B, 1, T, length): whether one of the last T tokens may attend to one of all tokens.
 
     is_real (B, length): False on padding.
     """
@@ -429,8 +418,8 @@ def next_token(logits: Tensor, options: GenerationConfig) -> Tensor:
     if options.top_k:
         probabilities[:, options.top_k :] = 0
     if options.top_p is not None:
-        # Keep the fewest ids that together hold top_p of what top-k has left. An id is dropped
-        # when the likelier ones hold that much already.
+        # Keep the fewest ids that hold top_p of the probability that top-k has left: drop an
+        # id if the likelier ones hold that much already.
         probabilities /= probabilities.sum(-1, keepdim=True)
         of_likelier_ids = probabilities.cumsum(-1) - probabilities
         probabilities[of_likelier_ids >= options.top_p] = 0
@@ -439,7 +428,7 @@ def next_token(logits: Tensor, options: GenerationConfig) -> Tensor:
 
 
 def penalize_repetition(logits: Tensor, seen_ids: Tensor, penalty: float) -> Tensor:
-    """Logits (B, V) in which the ids that each row has already, seen_ids (B, S), are less likely."""
+    """Logits (B, V) that are lower for the ids a row has already, seen_ids (B, S)."""
     seen = logits.gather(1, seen_ids)
     penalized = torch.where(seen < 0, seen * penalty, seen / penalty)
     return logits.scatter(1, seen_ids, penalized)
@@ -447,38 +436,35 @@ def penalize_repetition(logits: Tensor, seen_ids: Tensor, penalty: float) -> Ten
 
 # ---- Whole model ----
 
-WINDOWS_PER_BATCH = 8  # windows that are encoded together
-TOKENS_PER_PART = 2048  # tokens of a prompt that the decoder reads together
+# A long recording is processed in parts, which bounds the memory.
+WINDOWS_PER_PART = 8  # in the encoder
+TOKENS_PER_PART = 2048  # in the decoder
 
 
 class AudioFlamingo3ForConditionalGeneration(PretrainedModel):
     def __init__(self, config: AudioFlamingo3Config):
-        super().__init__()
-        audio_config = config.audio_config
-        text_config = config.text_config
-        self.config = config
-        self.generation_config = GenerationConfig()
-        self.audio_tower = AudioFlamingo3Encoder(audio_config)
-        self.multi_modal_projector = AudioFlamingo3MultiModalProjector(
-            audio_config.hidden_size, text_config.hidden_size
-        )
-        self.language_model = Qwen2ForCausalLM(text_config)
         from extras.music_flamingo import rotary_time_embedding
 
+        super().__init__()
+        self.config = config
+        self.generation_config = GenerationConfig()
+        self.audio_tower = AudioFlamingo3Encoder(config.audio_config)
+        self.multi_modal_projector = AudioFlamingo3MultiModalProjector(config)
+        self.language_model = Qwen2ForCausalLM(config.text_config)
         self.rotary_time = rotary_time_embedding(config)  # None in Audio Flamingo 3
 
     def get_audio_features(self, input_features, feature_attention_mask, window_index=None):
-        """The real audio frames of all windows, in order, as wide as the decoder: (N, text H).
+        """The real audio frames of all windows, projected, in order: (N, text H).
 
-        For the arguments see `forward`. Eight windows at a time, so that memory is bounded.
+        input_features (W, mel bins, mel frames), feature_attention_mask (W, mel frames).
         """
         frames = []
-        for start in range(0, len(input_features), WINDOWS_PER_BATCH):
-            batch = slice(start, start + WINDOWS_PER_BATCH)
-            mask = feature_attention_mask[batch]
-            x = self.audio_tower(input_features[batch], mask)  # (W, A, audio H)
+        for start in range(0, len(input_features), WINDOWS_PER_PART):
+            part = slice(start, start + WINDOWS_PER_PART)
+            mask = feature_attention_mask[part]
+            x = self.audio_tower(input_features[part], mask)  # (W, A, audio H)
             if self.rotary_time is not None:
-                x = self.rotary_time(x, window_index, batch)
+                x = self.rotary_time(x, window_index, part)
             _, num_audio_frames = frame_counts(mask.sum(-1))  # (W,)
             is_real = torch.arange(x.shape[1], device=x.device) < num_audio_frames[:, None]
             frames.append(self.multi_modal_projector(x[is_real]))
@@ -487,63 +473,54 @@ class AudioFlamingo3ForConditionalGeneration(PretrainedModel):
     def embed(self, input_ids: Tensor, **audio: Tensor) -> Tensor:
         """Embeddings (B, T, H) of a prompt, with audio frames in the place of <sound>."""
         x = self.language_model.model.embed_tokens(input_ids)
-        audio_frames = x.new_empty(0, x.shape[-1])
-        if audio:
-            audio_frames = self.get_audio_features(**audio)
+        audio_frames = self.get_audio_features(**audio) if audio else x.new_empty(0)
         return splice(x, input_ids == self.config.audio_token_id, audio_frames)
 
     def prefill(self, input_ids, attention_mask, cache=None, **audio) -> Tensor:
-        """Hidden states (B, T, H) of a prompt, whose keys and values are added to the cache.
+        """Hidden states (B, T, H) of a prompt. Its keys and values are added to the cache.
 
-        attention_mask: (B, T) bool, False on padding, which may be on either side.
+        attention_mask: (B, T) bool, False on padding, on either side.
         """
         x = self.embed(input_ids, **audio)
 
-        # Move padding to the right of each row, where causal attention never looks. On the left, a
-        # padding token has no key to attend to: its softmax is NaN, which spreads to real tokens.
-        to_right = attention_mask.argsort(dim=1, descending=True, stable=True)  # real tokens first
-        back = to_right.argsort(dim=1)  # the inverse
+        # Move padding to the right, where causal attention never looks. On the left, a padding
+        # token has no key to attend to: its softmax is NaN, which spreads to real tokens.
+        to_right = attention_mask.argsort(dim=1, descending=True, stable=True)
+        back = to_right.argsort(dim=1)  # the inverse permutation
         x = x.take_along_dim(to_right[..., None], dim=1)
         attention_mask = attention_mask.take_along_dim(to_right, dim=1)
 
-        # In parts, which bounds the memory: that of attention, for example, grows with T x length.
         size = x.shape[1] if cache is None else TOKENS_PER_PART
         states = []
-        for part, part_mask in zip(x.split(size, dim=1), attention_mask.split(size, dim=1)):
-            states.append(self.language_model.model(part, part_mask, cache))
+        for part, mask in zip(x.split(size, dim=1), attention_mask.split(size, dim=1)):
+            states.append(self.language_model.model(part, mask, cache))
         return torch.cat(states, dim=1).take_along_dim(back[..., None], dim=1)
 
     def decode_one_token(self, token_ids: Tensor, cache: KeyValueCache) -> Tensor:
-        """Logits (B, V) after one more id in each row, (B,).
-
-        A <sound> that the model itself has generated is embedded like any other id.
-        """
+        """Logits (B, V) after one more id in each row, (B,). Here <sound> is an ordinary id."""
         token_ids = token_ids[:, None]
+        is_real = torch.ones_like(token_ids, dtype=torch.bool)
         x = self.language_model.model.embed_tokens(token_ids)
-        x = self.language_model.model(x, torch.ones_like(token_ids, dtype=torch.bool), cache)
+        x = self.language_model.model(x, is_real, cache)
         return self.language_model.lm_head(x[:, 0])
 
     def forward(self, input_ids, attention_mask=None, labels=None, **audio) -> CausalOutput:
-        """The logits and, with labels (B, T), the loss: takes what the processor returns.
+        """Logits and, if there are labels (B, T), the loss; takes the processor's tensors.
 
-        input_ids, attention_mask: (B, T), padded on either side. Among audio, input_features
-        (W, mel bins, mel frames) and feature_attention_mask (W, mel frames) are the windows of
-        all rows, in order; window_index (W,) is the place of a window in its recording, which only
-        Music Flamingo and Audio Flamingo Next need.
-        The loss is the mean cross-entropy of next tokens whose label is not -100, in float32.
+        input_ids, attention_mask: (B, T), padded on either side.
+        audio: the windows of all rows, in order, as the arguments of `get_audio_features`.
+        loss: the mean cross-entropy of the next tokens whose label is not -100, in float32.
         """
         attention_mask, audio = check_model_inputs(input_ids, attention_mask, audio)
         x = self.prefill(input_ids, attention_mask, **audio)
         logits = self.language_model.lm_head(x)
         loss = None
         if labels is not None:
-            predictions = logits[:, :-1].float()
-            # Do not train the last left-padding position to predict the first real token.
-            targets = labels[:, 1:].masked_fill(~attention_mask[:, :-1], -100)
-            loss = F.cross_entropy(predictions.flatten(0, 1), targets.flatten(), ignore_index=-100)
+            predictions = logits[:, :-1].float().flatten(0, 1)
+            # The last left-padding position does not have to predict the first real token.
+            targets = labels[:, 1:].masked_fill(~attention_mask[:, :-1], -100).flatten()
+            loss = F.cross_entropy(predictions, targets, ignore_index=-100)
         return CausalOutput(logits, loss)
-
-    # ---- Generation ----
 
     @torch.inference_mode()
     def stream(
@@ -562,23 +539,21 @@ class AudioFlamingo3ForConditionalGeneration(PretrainedModel):
             cache = self.new_cache(rows, tokens + options.max_new_tokens)
 
         x = self.prefill(input_ids, attention_mask, cache, **audio)
-        positions = torch.arange(tokens, device=x.device)
-        last = positions.where(attention_mask, 0).amax(
-            -1, keepdim=True
-        )  # (B, 1), the last real one
+        last = attention_mask.cumsum(1).argmax(1, keepdim=True)  # (B, 1): last real position
         x = x.take_along_dim(last[..., None], dim=1)[:, 0]  # (B, H)
         logits = self.language_model.lm_head(x)  # (B, V)
         check_finite(logits, self)
 
-        seen_ids = input_ids.where(attention_mask, input_ids.gather(1, last))  # without padding
+        seen_ids = input_ids.where(attention_mask, input_ids.gather(1, last))  # no padding
         if past_ids is not None:
             seen_ids = torch.cat([past_ids, seen_ids], dim=1)
         end_ids = torch.tensor(options.eos_token_id, dtype=torch.long, device=x.device)
         ended = torch.zeros(rows, dtype=torch.bool, device=x.device)
         for step in range(1, options.max_new_tokens + 1):
+            logits = logits.float()
             if options.repetition_penalty != 1:
-                logits = penalize_repetition(logits.float(), seen_ids, options.repetition_penalty)
-            token_ids = next_token(logits.float(), options)
+                logits = penalize_repetition(logits, seen_ids, options.repetition_penalty)
+            token_ids = next_token(logits, options)
             token_ids = token_ids.masked_fill(ended, options.pad_token_id)
             yield token_ids
             ended |= torch.isin(token_ids, end_ids)
@@ -587,41 +562,38 @@ class AudioFlamingo3ForConditionalGeneration(PretrainedModel):
             seen_ids = torch.cat([seen_ids, token_ids[:, None]], dim=1)
             logits = self.decode_one_token(token_ids, cache)
 
-    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **others) -> Tensor:
-        """(B, T + new) ids: the prompt as given, then the new ones. Takes what `stream` takes."""
+    def generate(self, input_ids, attention_mask=None, **others) -> Tensor:
+        """(B, T + new) ids: the prompt as given, then the new ones. Arguments: see `stream`."""
         new_ids = list(self.stream(input_ids, attention_mask, **others))
         return torch.cat([input_ids, torch.stack(new_ids, dim=1)], dim=1)
 
     def new_cache(self, rows: int, capacity: int) -> KeyValueCache:
         """An empty cache for `capacity` tokens in each row."""
-        config = self.config.text_config
-        return KeyValueCache(config, rows, capacity, self.dtype, self.device)
-
-    # ---- Loading ----
+        return KeyValueCache(self.config.text_config, rows, capacity, self.dtype, self.device)
 
     @classmethod
     @also_named(torch_dtype="dtype")
     def from_pretrained(cls, path, device_map="auto", dtype="auto"):
-        """The model of a checkpoint directory in either layout, or of a hub name; for inference.
+        """The model from a checkpoint directory in either layout, or a hub name.
 
-        device_map: "auto" (CUDA, else MPS, else CPU) or a device. dtype: "auto" (the checkpoint's)
-        or a torch.dtype or its name. Raises FileNotFoundError or ValueError, which names the file,
-        field or tensor; nothing half-loaded is returned.
+        device_map: "auto" (CUDA, else MPS, else CPU) or a device.
+        dtype: "auto" (the checkpoint's), a torch.dtype or its name.
+        Raises FileNotFoundError or ValueError, which reports the file, field or tensor.
         """
         import load_weights
 
         device = choose_device(device_map)
         folder = find_checkpoint(path)
-        config = AudioFlamingo3Config.from_dict(load_weights.read_config(folder))
+        config = from_known_keys(AudioFlamingo3Config, load_weights.read_config(folder))
+        options = from_known_keys(GenerationConfig, load_weights.read_generation_config(folder))
         with shapes_without_memory():
             model = cls(config)
-        options = load_weights.read_generation_config(folder)
-        model.generation_config = from_known_keys(GenerationConfig, options)
+        model.generation_config = options
         with errors_naming(folder):
             model.load_state_dict(dict(load_weights.read_tensors(folder)), assign=True)
-        model.source_config = load_weights.read_json(folder / "config.json")  # to save it again
-        return model.to(device, choose_dtype(dtype, model.dtype)).requires_grad_(False).eval()
+        model.source_config = load_weights.read_json(folder / "config.json")
+        model.to(device, choose_dtype(dtype, model.dtype))
+        return model.requires_grad_(False).eval()
 
 
-# transformers' name for this network where it has a rotary time embedding.
-MusicFlamingoForConditionalGeneration = AudioFlamingo3ForConditionalGeneration
+MusicFlamingoForConditionalGeneration = AudioFlamingo3ForConditionalGeneration  # its siblings

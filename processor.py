@@ -222,15 +222,12 @@ class AudioFlamingo3Processor:
     """Prompts and recordings to tensors, token ids to text.
 
     A prompt is built as a list of pieces: plain text (str) and ids of added tokens (int). For a
-    recording of 5 s and the prompt "Hi", the user turn is
+    5 s clip and "Hi", the user turn is as follows, with 125 times the id of <sound>, 151669:
 
-        [<|im_start|>, "user\\n", <sound>, <sound>, ... 125 times, "Hi", <|im_end|>, "\\n"]
+        [<|im_start|>, "user\\n", <sound>, <sound>, ... <sound>, "Hi", <|im_end|>, "\\n"]
 
-    where <sound> is the id 151669, one for each audio frame. What a user spells out stays text, so
-    nobody can forge the end of a turn. There are two exceptions, both in `__call__`: <sound> as a
-    placeholder, and a finished template, where every added token counts.
-
-    border_ids: the ids around a recording in Music Flamingo; none in Audio Flamingo 3.
+    An added token that a user spells out stays plain text, so nobody can forge the end of a turn.
+    There are two exceptions, both in `__call__`: <sound> as a placeholder, and finished templates.
     """
 
     audio_token = "<sound>"
@@ -256,10 +253,7 @@ class AudioFlamingo3Processor:
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "AudioFlamingo3Processor":
-        """The processor of a checkpoint directory in either layout, or of a hub name.
-
-        Raises FileNotFoundError or ValueError, which names file and field.
-        """
+        """The processor of a checkpoint. Raises FileNotFoundError or ValueError."""
         folder = find_checkpoint(path)
         tokenizer = Tokenizer(load_weights.tokenizer_folder(folder))
         settings = load_weights.read_processor_config(folder, tokenizer.added_tokens)
@@ -269,20 +263,17 @@ class AudioFlamingo3Processor:
         """Copies the files that it was read from to a directory. Raises OSError or ValueError."""
         save_processor(self.tokenizer.folder, path)
 
-    # ---- From prompts and conversations to tensors ----
-
     def __call__(self, text, audio=None, **options) -> Batch:
         """The tensors of one prompt or a list, each as a user turn, ready for the answer.
 
         audio: one recording for each prompt, 1-D at 16 kHz (array, tensor or list) or a file.
         A prompt places each window of its recording by the placeholder <sound>; without any, all
         come first. A prompt that starts with <|im_start|> is taken as a finished chat template.
-        options: padding_side ("left" or "right") and output_labels (False).
 
         Returns input_ids and attention_mask (B, T) int64; with audio also input_features
-        (W, 128, 3000) float32 and feature_attention_mask (W, 3000) int64. With output_labels also
-        labels (B, T): True ignores (-100) audio and padding; "answer" ignores everything but what
-        the assistant says in a finished template. Raises ValueError.
+        (W, 128, 3000) float32 and feature_attention_mask (W, 3000) int64. Raises ValueError.
+        options: padding_side, "left" or "right"; output_labels, for labels (B, T): True ignores
+        (-100) audio and padding, "answer" everything but what the assistant says.
         """
         check_processor_options(**options)
         prompts = []
@@ -296,13 +287,7 @@ class AudioFlamingo3Processor:
         return self.make_batch(prompts, recordings, **options)
 
     def apply_chat_template(
-        self,
-        conversations,
-        *,
-        tokenize=True,
-        add_generation_prompt=False,
-        return_dict=True,
-        **options,
+        self, conversations, tokenize=True, add_generation_prompt=False, return_dict=True, **options
     ):
         """The tensors of one conversation or of a list of them; see `__call__`.
 
@@ -408,8 +393,6 @@ class AudioFlamingo3Processor:
             keep_answers(batch, self)
         return batch
 
-    # ---- From new token ids to text ----
-
     def batch_decode(self, ids, *args, **options) -> list[str]:
         """`decode` for each row of ids (B, T)."""
         return [self.decode(row, *args, **options) for row in ids]
@@ -437,5 +420,4 @@ class AudioFlamingo3Processor:
         yield decoder.decode(b"", final=True)
 
 
-# transformers' name for the processor of the models with borders.
-MusicFlamingoProcessor = AudioFlamingo3Processor
+MusicFlamingoProcessor = AudioFlamingo3Processor  # for the siblings

@@ -119,7 +119,7 @@ def as_array(audio) -> np.ndarray:
 
 
 def warn_about_length(seconds: float, max_seconds: float) -> None:
-    warnings.warn(f"{seconds:.1f} s of audio: only the first {max_seconds:.1f} s are used")
+    warnings.warn(f"{seconds:.1f} s of audio: only the first {max_seconds:.1f} s are heard")
 
 
 def check_is_no_url(name: str, place: str = "") -> None:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 
@@ -20,9 +20,14 @@ def read_json(path: Path) -> dict:
 
 
 def from_known_keys(cls: type, values: dict):
-    """A dataclass, from those of the values that it has fields for; files contain many others."""
-    names = {f.name for f in fields(cls)}
-    return cls(**{name: value for name, value in values.items() if name in names})
+    """A dataclass, and those in its fields, from a dict that may have other keys, too."""
+    known = {}
+    for f in fields(cls):
+        if f.name in values:
+            value = values[f.name]
+            is_section = is_dataclass(f.type) and isinstance(value, dict)
+            known[f.name] = from_known_keys(f.type, value) if is_section else value
+    return cls(**known)
 
 
 @contextmanager

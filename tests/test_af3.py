@@ -16,6 +16,8 @@ from af3 import (
     Qwen2Config,
     frame_counts,
     next_token,
+    penalize_repetition,
+    splice,
 )
 from signals import CASES, TEXT, conversation, sound
 
@@ -154,10 +156,12 @@ def test_the_encoder_computes_no_further_than_the_longest_window(model, processo
     assert [x.shape[1] for x, mask in calls] == [51]
 
 
-def test_a_short_window_is_not_padded_to_a_long_one(model, processor, monkeypatch):
+def test_windows_are_encoded_in_order_and_together(model, processor, monkeypatch):
     calls = record_inputs(monkeypatch, model.audio_tower.layers[0])
     model.get_audio_features(*audio_inputs(run_inputs(processor, "batch.left")))
-    assert sorted(x.shape[:2] for x, mask in calls) == [(1, 1), (1, 76), (1, 250), (1, 1500)]
+    assert [x.shape[:2] for x, mask in calls] == [(4, 1500)]
+    _, mask = calls[0]
+    assert mask.sum(-1)[:, 0, 0].tolist() == [250, 76, 1500, 1]
 
 
 def test_at_most_eight_windows_are_encoded_at_a_time(model, monkeypatch):
@@ -220,9 +224,9 @@ def test_each_sound_id_is_replaced_by_one_audio_frame_in_order_and_in_place(mode
     frames = model.get_audio_features(*audio_inputs(batch))
     input_ids = batch["input_ids"]
     is_sound = input_ids == model.config.audio_token_id
-    x = model.splice(input_ids, frames)
-    assert torch.equal(x[is_sound], frames)
     embedded = model.language_model.model.embed_tokens(input_ids)
+    x = splice(embedded, is_sound, frames)
+    assert torch.equal(x[is_sound], frames)
     assert torch.equal(x[~is_sound], embedded[~is_sound])
 
 
@@ -352,7 +356,9 @@ def test_a_prompt_in_two_parts_gives_the_logits_of_the_prompt_in_one(model, proc
     second_part = batch["input_ids"][:, -9:]
     first_mask = torch.ones_like(first_part, dtype=torch.bool)
     second_mask = torch.ones_like(second_part, dtype=torch.bool)
-    model.prefill(first_part, first_mask, *audio_inputs(batch), cache=cache)
+    features, feature_mask = audio_inputs(batch)
+    audio = {"input_features": features, "feature_attention_mask": feature_mask}
+    model.prefill(first_part, first_mask, cache, **audio)
     x = model.prefill(second_part, second_mask, cache=cache)
     logits = model.language_model.lm_head(x[:, -1])
     assert (logits - expected).abs().max() < 1e-4
@@ -432,7 +438,7 @@ def test_threads_that_share_a_model_get_the_answers_of_one(model, processor, gol
 
 
 def test_more_tokens_than_positions_are_refused_before_any_work(model, processor, monkeypatch):
-    monkeypatch.setattr(model, "prefill", lambda *_: pytest.fail("the prompt was read"))
+    monkeypatch.setattr(model, "prefill", lambda *_, **__: pytest.fail("the prompt was read"))
     batch = run_inputs(processor, "five_seconds.left")
     with pytest.raises(ValueError, match=r"max_new_tokens=4096 .* 4096 positions"):
         model.generate(**batch, max_new_tokens=4096)
@@ -469,8 +475,7 @@ def draw_frequencies(logits, **options):
     """Returns the relative frequency of each id in 4000 draws."""
     torch.manual_seed(0)
     rows = torch.tensor([logits]).expand(4000, -1)
-    seen = torch.zeros_like(rows, dtype=torch.bool)
-    ids = next_token(rows, seen, GenerationConfig(do_sample=True, **options))
+    ids = next_token(rows, GenerationConfig(do_sample=True, **options))
     return torch.bincount(ids, minlength=len(logits)) / len(rows)
 
 
@@ -504,13 +509,13 @@ def test_top_p_applies_after_temperature_and_top_k():
 
 
 def test_the_repetition_penalty_lowers_the_logits_of_seen_ids():
-    seen = torch.tensor([[True, False, False]])
-    penalty = GenerationConfig(repetition_penalty=1.3)
+    seen_ids = torch.tensor([[0]])
+    options = GenerationConfig()
     positive = torch.tensor([[2.0, 1.9, -1.0]])  # divided by 1.3
     negative = torch.tensor([[-1.0, -1.2, -9.0]])  # multiplied by 1.3
-    assert next_token(positive, seen, GenerationConfig()).item() == 0
-    assert next_token(positive, seen, penalty).item() == 1
-    assert next_token(negative, seen, penalty).item() == 1
+    assert next_token(positive, options).item() == 0
+    assert next_token(penalize_repetition(positive, seen_ids, 1.3), options).item() == 1
+    assert next_token(penalize_repetition(negative, seen_ids, 1.3), options).item() == 1
 
 
 # ---- The published examples ----

@@ -422,7 +422,7 @@ def test_the_adapter_records_its_base_and_its_layers(train, micro, tmp_path):
 
 def test_a_recording_that_is_cut_is_warned_about_once(lines, processor, monkeypatch):
     monkeypatch.setattr(processor, "max_samples", 3200)
-    with pytest.warns(UserWarning, match="only the first 0.2 s are used") as warned:
+    with pytest.warns(UserWarning, match="only the first 0.2 s are heard") as warned:
         examples = read_examples(str(lines), processor, 4096)
     assert len(warned) == 5  # the first recording is no longer than that
     with warnings.catch_warnings():

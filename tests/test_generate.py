@@ -10,6 +10,7 @@ import torch
 
 import generate
 from conftest import ROOT, TINY
+from extras import command_line
 from programs import PROGRAM, interrupt_until_it_ends, start_generate
 from programs import generate as run_program
 
@@ -138,7 +139,9 @@ def test_help_shows_examples_and_every_option():
     result = run_program("--help")
     assert result.returncode == 0
     assert "examples:" in result.stdout
-    for option in generate.make_parser()._option_string_actions:
+    parser = generate.make_parser()
+    command_line.add_options(parser)
+    for option in parser._option_string_actions:
         assert option in result.stdout
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import generate
 from af3 import AudioFlamingo3Encoder, AudioFlamingo3ForConditionalGeneration
 from extras.alignment import UNCLEAR, Alignment
 from extras.answer_lines import open_output
@@ -179,7 +178,7 @@ def test_every_warning_includes_its_recording(run, clip, tmp_path):
     asked = {"audio": str(long), "prompt": "<sound><sound>"}  # refused, so nothing is computed
     prompts = write_lines(tmp_path / "in.jsonl", [asked, asked])
     _, _, err = run("--prompts", prompts, *ONE_TOKEN, "--quiet")
-    assert err == f"warning: {long}: 601.0 s of audio: only the first 600.0 s are used\n" * 2
+    assert err == f"warning: {long}: 601.0 s of audio: only the first 600.0 s are heard\n" * 2
 
 
 def test_a_warning_that_times_mean_little_includes_the_recording(run, clip, monkeypatch):
@@ -511,7 +510,7 @@ def test_when_everything_is_answered_no_model_is_loaded(
     for job in jobs:  # the same file by another name
         job["audio"] = job["audio"].replace("/clip.wav", "/./clip.wav")
     earlier = write_lines(tmp_path / "out.jsonl", jobs)
-    monkeypatch.setattr(generate, "load_model", None)
+    monkeypatch.setattr("extras.command_line.load_model", None)
     status, out, err = run(clip, clip, "Hi", *ONE_TOKEN, "--resume", earlier)
     assert (status, out) == (0, "")
     assert err.startswith("nothing left to answer")

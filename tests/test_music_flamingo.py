@@ -19,6 +19,7 @@ from conftest import TESTS
 from extras.chat import Conversation
 from extras.music_flamingo import RotaryTimeConfig, RotaryTimeEmbedding
 from load_weights import read_config
+from plumbing.json_file import from_known_keys
 from processor import AudioFlamingo3Processor, MusicFlamingoProcessor
 from signals import CHAT, MUSIC_CASES, conversation, sound, write_wav
 
@@ -161,7 +162,7 @@ def test_audio_flamingo_3_has_no_rotary_time(model, processor):
 
 def test_the_rotary_time_at_the_top_of_config_json_is_not_the_decoders(music_flamingo):
     config = read_config(music_flamingo)
-    config = AudioFlamingo3Config.from_dict(config)
+    config = from_known_keys(AudioFlamingo3Config, config)
     assert config.rotary_time_config == RotaryTimeConfig(1200, 0.2, 0.01)
     expected = {"music": (1e6, 4096), "next": (15.3e6, 131072)}[music_flamingo.name]
     text = config.text_config
@@ -335,7 +336,8 @@ def test_no_allocation_grows_with_the_square_of_the_windows(music_model, music_p
     batch = music_processor("What?", sound(20 * 480000))  # 15,000 audio frames
     with torch.profiler.profile(profile_memory=True) as profile:
         mask = batch["attention_mask"].bool()
-        music_model.prefill(batch["input_ids"], mask, *audio_inputs(batch))
+        names = ("input_features", "feature_attention_mask", "window_index")
+        music_model.prefill(batch["input_ids"], mask, **{name: batch[name] for name in names})
     largest = max(event.self_cpu_memory_usage for event in profile.events())  # bytes
     assert largest < 15000 * 15000
 

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 import generate
 from af3 import AudioFlamingo3ForConditionalGeneration
 from conftest import ROOT, TINY
+from extras import command_line
 from extras.parallel import check_options, keep_part, split_model
 from signals import sound, write_wav
 
@@ -157,6 +158,7 @@ PART_SIZES = """
 import sys
 import torch.distributed as dist
 from af3 import AudioFlamingo3ForConditionalGeneration
+from extras import command_line
 from extras.parallel import split_model
 dist.init_process_group("gloo")
 model = AudioFlamingo3ForConditionalGeneration.from_pretrained(sys.argv[1], "cpu")
@@ -213,6 +215,8 @@ def test_one_process_is_not_enough_to_split_a_model(run, clip):
 )
 def test_options_that_several_processes_do_not_support_are_refused(monkeypatch, options, reason):
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    args = generate.make_parser().parse_args([*options, "a.wav"])
+    parser = generate.make_parser()
+    command_line.add_options(parser)
+    args = parser.parse_args([*options, "a.wav"])
     with pytest.raises(ValueError, match=reason):
         check_options(args, is_for_many=False)

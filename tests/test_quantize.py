@@ -300,7 +300,7 @@ def test_save_without_quantization_writes_a_plain_checkpoint(run, tmp_path, audi
 def test_a_quantized_model_is_not_changed_again(run, clip, saved, option):
     status, _, err = run(clip, "Hi", option, model=saved[1])
     assert status == 2
-    assert "is quantised" in err
+    assert "is quantized" in err
 
 
 @pytest.mark.parametrize(

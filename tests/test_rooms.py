@@ -7,17 +7,29 @@ import pytest
 
 from conftest import ROOT
 
-# What each file, or each file in a folder, may import from the project.
+# What each file, or each file in a folder, may import from the project. The model's files import
+# only the extras that are listed below, inside functions.
 ROOMS = {
-    "af3.py": {"load_weights", "plumbing"},
-    "processor.py": {"af3", "load_weights", "plumbing"},
-    "load_weights.py": set(),
-    "generate.py": {"af3", "processor", "load_weights", "plumbing", "extras"},
-    "plumbing": set(),
+    "af3.py": {"load_weights", "plumbing", "extras"},
+    "processor.py": {"af3", "load_weights", "plumbing", "extras"},
+    "load_weights.py": {"plumbing", "extras"},
+    "generate.py": {"processor", "plumbing", "extras"},
+    "plumbing": {"plumbing"},
     "extras": {"af3", "processor", "load_weights", "plumbing", "extras"},
+}
+# The extras that each of the four files uses.
+EXTRAS_OF_THE_MODEL = {
+    "af3.py": {"music_flamingo"},
+    "processor.py": {"music_flamingo", "answer_labels"},
+    "load_weights.py": {"music_flamingo"},
+    "generate.py": {"command_line"},
 }
 # The extras that use other extras.
 USES = {
+    "command_line": {
+        *("answer_lines", "chat", "explain", "explain_page", "float32_matmul", "lora"),
+        *("alignment", "parallel", "quantize"),
+    },
     "answer_lines": {"many_recordings", "parallel"},
     "explain": {"alignment", "stage_trace"},
     "explain_page": {"alignment", "stage_trace"},
@@ -80,13 +92,31 @@ def test_the_processor_takes_only_the_frame_counts_from_the_network():
             assert [alias.name for alias in node.names] == ["frame_counts"]
 
 
-def test_generate_imports_extras_only_where_a_flag_asks_for_them():
+def top_level_imports(path):
     modules = set()
-    for node in parse(ROOT / "generate.py").body:
+    for node in parse(path).body:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             modules |= imported_modules(node)
-    assert "af3" in modules
-    assert "extras" not in modules
+    return modules
+
+
+def test_the_command_line_imports_other_extras_only_where_a_flag_asks_for_them():
+    assert "extras" not in top_level_imports(ROOT / "extras" / "command_line.py")
+
+
+@pytest.mark.parametrize("name", EXTRAS_OF_THE_MODEL)
+def test_the_four_files_use_only_the_extras_that_are_listed_here(name):
+    modules = project_imports(ROOT / name)
+    used = {module.split(".")[1] for module in modules if module.startswith("extras.")}
+    assert {module for module in used if module} == EXTRAS_OF_THE_MODEL[name]
+    if name != "generate.py":
+        assert "extras" not in top_level_imports(ROOT / name)
+
+
+@pytest.mark.parametrize("name", ["music_flamingo", "answer_labels"])
+def test_the_extras_of_the_model_import_no_file_of_the_project(name):
+    modules = imported_modules(parse(ROOT / "extras" / f"{name}.py"))
+    assert not modules & {module.removesuffix(".py") for module in ROOMS}
 
 
 def project_imports(path):

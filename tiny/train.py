@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from af3 import AudioFlamingo3Config, AudioFlamingo3ForConditionalGeneration, frame_counts
 from load_weights import read_config
 from plumbing.audio_file import load_audio, resample
+from plumbing.json_file import from_known_keys
 from processor import (
     N_MEL_FRAMES,
     AudioFlamingo3Processor,
@@ -452,7 +453,7 @@ def new_model(folder: Path) -> AudioFlamingo3ForConditionalGeneration:
     """Writes a new tokenizer; returns a new model, whose layers add little at first."""
     write_tokenizer(folder / "tokenizer.json")
     config = read_config(folder)
-    model = AudioFlamingo3ForConditionalGeneration(AudioFlamingo3Config.from_dict(config))
+    model = AudioFlamingo3ForConditionalGeneration(from_known_keys(AudioFlamingo3Config, config))
     last_of_a_block = ("out_proj.weight", "o_proj.weight", "fc2.weight", "down_proj.weight")
     for name, parameter in model.named_parameters():
         if "norm" in name:

@@ -23,6 +23,7 @@ from af3 import AudioFlamingo3Config, AudioFlamingo3ForConditionalGeneration
 from checkpoints import change_json, change_section
 from load_weights import read_config
 from plumbing.devices import shapes_without_memory
+from plumbing.json_file import from_known_keys
 from plumbing.save_checkpoint import INDEX, MAX_SHARD_BYTES, divide_into_shards, write_json
 from plumbing.terminal import exit_with
 
@@ -46,7 +47,9 @@ def write_random_weights(folder: Path, dtype: torch.dtype, seed: int) -> None:
     """Writes one shard at a time, so that only one is in memory."""
     config = read_config(folder)
     with shapes_without_memory():
-        model = AudioFlamingo3ForConditionalGeneration(AudioFlamingo3Config.from_dict(config))
+        model = AudioFlamingo3ForConditionalGeneration(
+            from_known_keys(AudioFlamingo3Config, config)
+        )
     shapes = model.to(dtype).state_dict()
     generator = torch.Generator().manual_seed(seed)
     shards = divide_into_shards(shapes, MAX_SHARD_BYTES)
