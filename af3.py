@@ -365,7 +365,7 @@ class Qwen2Model(nn.Module):
         elif cache is not None:
             num_real = cache.is_real[:, : cache.length].sum(-1, keepdim=True)  # (B, 1)
             positions = num_real + positions  # (B, T)
-            mask = causal_mask(cache.extend(attention_mask), tokens)
+            mask = causal_mask(cache.extend(attention_mask), tokens, x.dtype)
 
         cos, sin = rotary_tables(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
         for layer in self.layers:
@@ -373,14 +373,16 @@ class Qwen2Model(nn.Module):
         return self.norm(x)
 
 
-def causal_mask(is_real: Tensor, tokens: int) -> Tensor:
-    """(B, 1, T, length): whether one of the last T tokens may attend to one of all tokens.
+def causal_mask(is_real: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
+    """(B, 1, T, length): 0 where one of the last T tokens may attend to one of all tokens, or -inf.
 
     is_real (B, length): False on padding.
     """
     keys = torch.arange(is_real.shape[1], device=is_real.device)
     queries = keys[-tokens:, None]
-    return (is_real[:, None] & (keys <= queries))[:, None]
+    is_hidden = ~is_real[:, None] | (keys > queries)  # (B, T, length)
+    mask = torch.zeros(is_hidden.shape, dtype=dtype, device=is_real.device)
+    return mask.masked_fill(is_hidden, -torch.inf)[:, None]
 
 
 class Qwen2ForCausalLM(nn.Module):
