@@ -44,6 +44,7 @@ from plumbing.check_inputs import (
 from plumbing.devices import choose_device, choose_dtype, shapes_without_memory
 from plumbing.find_checkpoint import find_checkpoint
 from plumbing.json_file import errors_naming, from_known_keys
+from plumbing.long_recordings import split_prompt, split_windows
 from plumbing.transformers_conventions import CausalOutput, PretrainedModel, also_named
 
 
@@ -105,7 +106,7 @@ class AudioFlamingo3Attention(nn.Module):
         super().__init__()
         hidden_size = config.hidden_size
         self.head_dim = hidden_size // config.num_attention_heads
-        # No bias: it would add the same to all scores of a query, which softmax cancels.
+        # A bias would add the same to all scores of a query, which softmax cancels.
         self.k_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.v_proj = nn.Linear(hidden_size, hidden_size)
         self.q_proj = nn.Linear(hidden_size, hidden_size)
@@ -154,7 +155,7 @@ class AudioFlamingo3Encoder(nn.Module):
         self.layer_norm = nn.LayerNorm(hidden_size)
 
     def forward(self, input_features: Tensor, feature_attention_mask: Tensor) -> Tensor:
-        """Audio frames (W, A, H) of log-mel windows; A is that of the longest window.
+        """Audio frames (W, A, H) of windows; A is that of the longest window.
 
         input_features: (W, mel bins, mel frames), any float dtype.
         feature_attention_mask: (W, mel frames), 1 on real mel frames, then 0 on padding.
@@ -163,16 +164,16 @@ class AudioFlamingo3Encoder(nn.Module):
         longest = int(num_conv_frames.max())
 
         # Whisper always encodes 3000 mel frames. Stopping after the last real conv frame makes
-        # a 5 s clip 7 to 10 times as fast. The result is the same: the rest is masked anyway.
-        # Conv frame c depends on mel frames 2c - 2 to 2c + 2, so the last real one, longest - 1,
-        # depends on mel frames up to 2 * longest.
+        # a 5 s clip 7 to 10 times as fast. The result is the same: the rest is masked.
+        # Conv frame c depends on mel frames 2c - 2 to 2c + 2, so the last real one,
+        # longest - 1, depends on mel frames up to 2 * longest.
         x = input_features[:, :, : 2 * longest + 1].to(self.conv1.weight.dtype)
         x = F.gelu(self.conv1(x))
         x = F.gelu(self.conv2(x))[:, :, :longest]
         x = x.transpose(1, 2)  # (W, C, H)
         x = x + self.embed_positions.weight[:longest]
 
-        # A window that is shorter than the longest still ends in padding. No query may see it.
+        # A shorter window still ends in padding, which no query may see.
         is_real = torch.arange(longest, device=x.device) < num_conv_frames[:, None]  # (W, C)
         mask = is_real[:, None, None]  # (W, 1, 1, C), the same for all heads and queries
         for layer in self.layers:
@@ -215,8 +216,8 @@ def splice(x: Tensor, is_sound: Tensor, audio_frames: Tensor) -> Tensor:
 class KeyValueCache:
     """The keys and values of all tokens read so far, in every layer, for `capacity` tokens.
 
-    It belongs to one call of `generate`, or to one conversation. In a batch, a shorter prompt is
-    padded on the right, and the padding stays in the cache, between prompt and answer. There,
+    It belongs to one call of `generate`, or to one conversation. In a batch, a shorter prompt
+    is padded on the right. This padding stays in the cache, between prompt and answer, where
     `is_real` is False, so that no token attends to it.
     """
 
@@ -230,14 +231,14 @@ class KeyValueCache:
         self.length = 0  # tokens so far, padding included
 
     def extend(self, attention_mask: Tensor) -> Tensor:
-        """Makes room for tokens (B, T). Returns which of all tokens are real, (B, length)."""
+        """Makes room for T tokens. Returns which of all tokens are real, (B, length)."""
         start = self.length
         self.length += attention_mask.shape[1]
         self.is_real[:, start : self.length] = attention_mask
         return self.is_real[:, : self.length]
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores the new keys and values (B, heads, T, D); returns those of all tokens."""
+        """Stores new keys and values (B, heads, T, D); returns those of all tokens."""
         start = self.length - k.shape[2]
         self.keys[layer][:, :, start : self.length] = k
         self.values[layer][:, :, start : self.length] = v
@@ -305,11 +306,11 @@ class Qwen2Attention(nn.Module):
 
 
 def attend_one_token(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of one query per row and head to all keys, without copying keys and values.
+    """Attention of one query per head to all keys, without copying keys and values.
 
     With enable_gqa=True, PyTorch copies each key-value head for all query heads that share
-    it. Here 28 heads with one query each, (B, 28, 1, D), are viewed as 4 heads with 7 queries
-    each, (B, 4, 7, D). After ten minutes of audio, a token takes half the time.
+    it. Here 28 heads with one query each, (B, 28, 1, D), are viewed as 4 heads with 7
+    queries each, (B, 4, 7, D). After ten minutes of audio, a token takes half the time.
     """
     batch, query_heads, _, head_dim = q.shape
     grouped = q.view(batch, k.shape[1], -1, head_dim)  # (B, key-value heads, queries, D)
@@ -374,7 +375,7 @@ class Qwen2Model(nn.Module):
 
 
 def causal_mask(is_real: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
-    """(B, 1, T, length): 0 where one of the last T tokens may attend to one of all tokens, or -inf.
+    """(B, 1, T, length): 0 where one of the last T tokens may attend to a token, else -inf.
 
     is_real (B, length): False on padding.
     """
@@ -382,7 +383,7 @@ def causal_mask(is_real: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
     queries = keys[-tokens:, None]
     is_hidden = ~is_real[:, None] | (keys > queries)  # (B, T, length)
     mask = torch.zeros(is_hidden.shape, dtype=dtype, device=is_real.device)
-    return mask.masked_fill(is_hidden, -torch.inf)[:, None]
+    return mask.masked_fill_(is_hidden, -torch.inf)[:, None]
 
 
 class Qwen2ForCausalLM(nn.Module):
@@ -437,12 +438,6 @@ def penalize_repetition(logits: Tensor, seen_ids: Tensor, penalty: float) -> Ten
 
 
 # ---- Whole model ----
-
-# A long recording is processed in parts, which bounds the memory.
-WINDOWS_PER_PART = 8  # in the encoder
-TOKENS_PER_PART = 2048  # in the decoder
-
-
 class AudioFlamingo3ForConditionalGeneration(PretrainedModel):
     def __init__(self, config: AudioFlamingo3Config):
         from extras.music_flamingo import rotary_time_embedding
@@ -461,8 +456,7 @@ class AudioFlamingo3ForConditionalGeneration(PretrainedModel):
         input_features (W, mel bins, mel frames), feature_attention_mask (W, mel frames).
         """
         frames = []
-        for start in range(0, len(input_features), WINDOWS_PER_PART):
-            part = slice(start, start + WINDOWS_PER_PART)
+        for part in split_windows(feature_attention_mask):  # at most 8 windows at a time
             mask = feature_attention_mask[part]
             x = self.audio_tower(input_features[part], mask)  # (W, A, audio H)
             if self.rotary_time is not None:
@@ -474,12 +468,12 @@ class AudioFlamingo3ForConditionalGeneration(PretrainedModel):
 
     def embed(self, input_ids: Tensor, **audio: Tensor) -> Tensor:
         """Embeddings (B, T, H) of a prompt, with audio frames in the place of <sound>."""
+        audio_frames = self.get_audio_features(**audio) if audio else input_ids.new_empty(0)
         x = self.language_model.model.embed_tokens(input_ids)
-        audio_frames = self.get_audio_features(**audio) if audio else x.new_empty(0)
         return splice(x, input_ids == self.config.audio_token_id, audio_frames)
 
     def prefill(self, input_ids, attention_mask, cache=None, **audio) -> Tensor:
-        """Hidden states (B, T, H) of a prompt. Its keys and values are added to the cache.
+        """Hidden states (B, T, H) of a prompt; its keys and values are added to the cache.
 
         attention_mask: (B, T) bool, False on padding, on either side.
         """
@@ -492,9 +486,8 @@ class AudioFlamingo3ForConditionalGeneration(PretrainedModel):
         x = x.take_along_dim(to_right[..., None], dim=1)
         attention_mask = attention_mask.take_along_dim(to_right, dim=1)
 
-        size = x.shape[1] if cache is None else TOKENS_PER_PART
         states = []
-        for part, mask in zip(x.split(size, dim=1), attention_mask.split(size, dim=1)):
+        for part, mask in split_prompt(x, attention_mask, cache):
             states.append(self.language_model.model(part, mask, cache))
         return torch.cat(states, dim=1).take_along_dim(back[..., None], dim=1)
 
@@ -510,8 +503,8 @@ class AudioFlamingo3ForConditionalGeneration(PretrainedModel):
         """Logits and, if there are labels (B, T), the loss; takes the processor's tensors.
 
         input_ids, attention_mask: (B, T), padded on either side.
-        audio: the windows of all rows, in order, as the arguments of `get_audio_features`.
-        loss: the mean cross-entropy of the next tokens whose label is not -100, in float32.
+        audio: the windows of all rows, in order; see `get_audio_features`.
+        loss: mean cross-entropy of the next tokens whose label is not -100, in float32.
         """
         attention_mask, audio = check_model_inputs(input_ids, attention_mask, audio)
         x = self.prefill(input_ids, attention_mask, **audio)

@@ -24,6 +24,7 @@ from plumbing.check_checkpoint import (
     check_max_audio_len,
     check_model_type,
     check_section,
+    check_supported,
     check_vocabulary,
     check_weight_map,
     warn_about_newer_file,
@@ -64,7 +65,7 @@ def read_config(folder: Path) -> dict:
     path = folder / "config.json"
     config = read_json(path)
     check_model_type(config, path)
-    check_section(config, path)
+    check_supported(config, path)
     if is_original_layout(folder):
         audio_path = folder / "sound_tower" / "config.json"
         text_path = folder / "llm" / "config.json"

@@ -62,10 +62,8 @@ def mel_frame_count(num_samples: int) -> int:
 
 def audio_frame_count(waveform: Tensor) -> int:
     """The number of audio frames, and so of <sound> ids, of a recording (n,) or of a window."""
-    num_audio_frames = 0
-    for window in waveform.split(N_SAMPLES):
-        num_audio_frames += frame_counts(mel_frame_count(len(window)))[1]
-    return num_audio_frames
+    windows = waveform.split(N_SAMPLES)
+    return sum(frame_counts(mel_frame_count(len(window)))[1] for window in windows)
 
 
 @zero_padded(N_SAMPLES, HOP_LENGTH)
@@ -327,7 +325,8 @@ class AudioFlamingo3Processor:
 
     def to_waveform(self, audio, name: str = "audio") -> Tensor:
         """The float32 waveform (n,) of a file or 1-D samples at 16 kHz, cut at the longest length
-        that the model accepts. Integers are scaled by their range. `name` is for errors."""
+        that the model accepts. Integers are scaled by their range. `name` is for errors.
+        """
         return load_waveform(audio, name, SAMPLE_RATE, self.max_samples, MIN_SAMPLES)
 
     def prompt_pieces(self, prompt: str, windows: tuple, number: int) -> list[str | int]:
@@ -410,14 +409,11 @@ class AudioFlamingo3Processor:
         return text
 
     def stream_text(self, steps: Iterable[Tensor]) -> Iterator[str]:
-        """The text that each step of `model.stream` adds to its first row.
-
-        A character of several tokens comes with its last one.
-        """
+        """The text that each step of `model.stream` adds to its first row, in whole characters."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for ids in steps:
             yield decoder.decode(self.tokenizer.decode_bytes(ids[:1], skip_special_tokens=True))
         yield decoder.decode(b"", final=True)
 
 
-MusicFlamingoProcessor = AudioFlamingo3Processor  # for the siblings
+MusicFlamingoProcessor = AudioFlamingo3Processor  # its siblings

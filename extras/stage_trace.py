@@ -51,6 +51,7 @@ def follow(
     features, mask = feature_batch(waveform.split(N_SAMPLES))
     meaning = f"{int(mask.sum())} mel frames of 10 ms, padded to whole windows"
     watch.add("log-mel", features.shape, meaning)
+    watch.prompt_shape = tuple(inputs["input_ids"].shape)
     processor(prompt)
     ids = inputs["input_ids"]
     num_sounds = int((ids == processor.audio_token_id).sum())
@@ -68,9 +69,13 @@ def follow(
 
 
 class StageWatch:
-    """Records stages as they end. The encoder's occur once for each group of windows."""
+    """Records stages as they end.
+
+    The encoder's occur once for each part of a recording, the decoder's for each part of a prompt.
+    """
 
     def __init__(self):
+        self.prompt_shape: tuple[int, ...] = ()
         self.stages: list[Stage] = []
         self.restart_clock()
 
@@ -123,8 +128,9 @@ class StageWatch:
             self.restart_clock()
 
         def decoder_begins(module, inputs) -> None:
-            meaning = "each <sound> slot now holds an audio frame"
-            self.add("splice", inputs[0].shape, meaning)
+            if all(stage.name != "splice" for stage in self.stages):  # not at later parts
+                shape = (*self.prompt_shape, inputs[0].shape[-1])
+                self.add("splice", shape, "each <sound> slot now holds an audio frame")
 
         hooks.append(tower.register_forward_pre_hook(encoder_begins))
         hooks.append(decoder.register_forward_pre_hook(decoder_begins))

@@ -56,11 +56,15 @@ def check_model_type(config: dict, path: Path) -> None:
         )
 
 
+def check_supported(config: dict, path: Path) -> None:
+    for key, value in SUPPORTED.items():
+        if config.get(key, value) != value:
+            raise ValueError(f"{path}: {key} is {config[key]!r}; only {value!r} is supported.")
+
+
 def check_section(section: dict, path: Path) -> None:
     """Refuses a section of a config.json that describes another network, or no network."""
-    for key, value in SUPPORTED.items():
-        if section.get(key, value) != value:
-            raise ValueError(f"{path}: {key} is {section[key]!r}; only {value!r} is supported.")
+    check_supported(section, path)
     for key, largest in LARGEST_SIZES.items():
         value = section.get(key, largest)
         kinds = (int,) if isinstance(largest, int) else (int, float)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import generate as program
+from af3 import AudioFlamingo3ForConditionalGeneration
 from conftest import TINY
 from extras.chat import Conversation, file_name
 from programs import Terminal, generate, interrupt_until_it_ends, start_generate
@@ -299,14 +300,13 @@ def run_chat(run, monkeypatch):
 def test_ctrl_c_before_the_first_token_leaves_the_conversation_as_it_was(
     run_chat, clip, monkeypatch
 ):
-    model_class = program.AudioFlamingo3ForConditionalGeneration
+    model_class = AudioFlamingo3ForConditionalGeneration
     prefill = model_class.prefill
     lengths = []
 
-    def interrupted_prefill(self, *arguments):
-        cache = arguments[-1]
+    def interrupted_prefill(self, input_ids, attention_mask, cache, **audio):
         lengths.append(cache.length)
-        states = prefill(self, *arguments)
+        states = prefill(self, input_ids, attention_mask, cache, **audio)
         if len(lengths) == 1:
             os.kill(os.getpid(), signal.SIGINT)
         return states
