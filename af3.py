@@ -14,17 +14,17 @@ The sections follow a recording to the first word of the answer:
 Its parts come from models that you may know. What differs from each of them:
 
     Whisper large-v3  The encoder has Whisper's 32 layers. Then an average pool halves the
-                      frames, from one every 20 ms to one every 40 ms, and the last LayerNorm
-                      follows. Padding at the end of a window is masked; Whisper attends to it.
-    Qwen2-Audio       It has the same encoder and pool. Its projector is one linear layer, and
-                      it accepts one window of 30 s. Here the projector has two layers, and a
-                      recording is split into up to 20 windows, whose frames are joined.
-    Qwen2.5-7B        The decoder is the same, with a few added tokens. One of them is <sound>:
-                      each <sound> in the prompt is replaced by one audio frame.
+                      frames, from one every 20 ms to one every 40 ms, and the last
+                      LayerNorm follows. Whisper attends to padding; here it is masked.
+    Qwen2-Audio       It has the same encoder and pool. Its projector is one linear layer,
+                      and it accepts one window of 30 s. Here the projector has two layers,
+                      and a recording has up to 20 windows, whose frames are joined.
+    Qwen2.5-7B        The decoder is the same, with a few added tokens. One is <sound>: in
+                      the prompt, each <sound> is replaced by one audio frame.
 
 Letters in shapes: B rows of a batch, T tokens, W windows, C conv frames, A audio frames of
-a window, N audio frames of all windows, H hidden size, D size of a head, V vocabulary size.
-Modules are named like the tensors of nvidia/audio-flamingo-3-hf, for `load_state_dict`.
+a window, N audio frames of all windows, H hidden size, D head size, V vocabulary size.
+Modules have the names of the tensors in nvidia/audio-flamingo-3-hf.
 """
 
 from collections.abc import Iterator
@@ -37,18 +37,18 @@ from torch import Tensor, nn
 from plumbing.check_inputs import (
     check_finite,
     check_generation_options,
-    check_model_inputs,
     check_room,
+    normalize_inputs,
     separate_options,
 )
 from plumbing.devices import choose_device, choose_dtype, shapes_without_memory
 from plumbing.find_checkpoint import find_checkpoint
 from plumbing.json_file import errors_naming, from_known_keys
-from plumbing.long_recordings import split_prompt, split_windows
-from plumbing.transformers_conventions import CausalOutput, PretrainedModel, also_named
+from plumbing.prompt_parts import split_prompt
+from plumbing.transformers_conventions import CausalOutput, PretrainedModel, as_in_transformers
 
 
-# ---- Configuration: the fields of config.json, with the values of Audio Flamingo 3 ----
+# ---- Configuration: fields of config.json, with the values of Audio Flamingo 3 ----
 @dataclass
 class AudioFlamingo3EncoderConfig:
     num_mel_bins: int = 128  # rows of the log-mel spectrogram
@@ -56,18 +56,18 @@ class AudioFlamingo3EncoderConfig:
     num_hidden_layers: int = 32
     num_attention_heads: int = 20  # of 64 channels each
     intermediate_size: int = 5120  # channels inside the feed-forward layers
-    max_source_positions: int = 1500  # conv frames of a 30 s window, one every 20 ms
+    max_source_positions: int = 1500  # conv frames of a 30 s window
 
 
 @dataclass
 class Qwen2Config:
-    vocab_size: int = 151672  # Qwen2's tokens and a few added ones, such as <sound>
+    vocab_size: int = 151672  # Qwen2's tokens and added ones, such as <sound>
     hidden_size: int = 3584  # channels of a token
     intermediate_size: int = 18944  # channels inside the feed-forward layers
     num_hidden_layers: int = 28
     num_attention_heads: int = 28  # query heads of 128 channels each
     num_key_value_heads: int = 4  # each is shared by 7 query heads
-    max_position_embeddings: int = 32768  # most tokens of prompt and answer together
+    max_position_embeddings: int = 32768  # most tokens of prompt and answer
     rms_norm_eps: float = 1e-6  # avoids division by zero in RMSNorm
     rope_theta: float = 1_000_000.0  # base of the rotary position embedding
 
@@ -81,7 +81,7 @@ class AudioFlamingo3Config:
     audio_config: AudioFlamingo3EncoderConfig = field(default_factory=AudioFlamingo3EncoderConfig)
     text_config: Qwen2Config = field(default_factory=Qwen2Config)
     audio_token_id: int = 151669  # <sound>
-    rotary_time_config: object = None  # only for its siblings; see extras/music_flamingo.py
+    rotary_time_config: object = None  # for its siblings; see extras/music_flamingo.py
 
 
 # ---- Frame counts ----
@@ -97,7 +97,7 @@ def frame_counts(mel_frames):
 
 # ---- Encoder: log-mel windows -> audio frames ----
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
-    """(B, T, heads x D) -> (B, heads, T, D). The width of x determines the number of heads."""
+    """(B, T, heads x D) -> (B, heads, T, D). The width of x gives the number of heads."""
     return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
 
 
@@ -113,8 +113,8 @@ class AudioFlamingo3Attention(nn.Module):
         self.out_proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        # The queries are scaled, not the scores, as in training: in bfloat16 the two round
-        # differently.
+        # The queries are scaled, not the scores, as in training. In bfloat16 the two round
+        # differently, unless the scale is a power of 2, as in the official model.
         q = self.q_proj(x) * self.head_dim**-0.5
         q = split_heads(q, self.head_dim)  # (W, heads, C, D)
         k = split_heads(self.k_proj(x), self.head_dim)
@@ -130,9 +130,8 @@ class AudioFlamingo3EncoderLayer(nn.Module):
         self.self_attn_layer_norm = nn.LayerNorm(config.hidden_size)
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.final_layer_norm = nn.LayerNorm(
-            config.hidden_size
-        )  # before fc1; the checkpoint's name
+        # Comes before fc1. The name is the checkpoint's.
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         x = x + self.self_attn(self.self_attn_layer_norm(x), mask)
@@ -147,7 +146,7 @@ class AudioFlamingo3Encoder(nn.Module):
         hidden_size = config.hidden_size
         self.conv1 = nn.Conv1d(mel_bins, hidden_size, kernel_size=3, padding=1)
         self.conv2 = nn.Conv1d(hidden_size, hidden_size, kernel_size=3, stride=2, padding=1)
-        # Whisper's sinusoids, but stored in the checkpoint.
+        # Whisper's sinusoids, read from the checkpoint.
         self.embed_positions = nn.Embedding(config.max_source_positions, hidden_size)
         self.layers = nn.ModuleList(
             AudioFlamingo3EncoderLayer(config) for _ in range(config.num_hidden_layers)
@@ -155,7 +154,7 @@ class AudioFlamingo3Encoder(nn.Module):
         self.layer_norm = nn.LayerNorm(hidden_size)
 
     def forward(self, input_features: Tensor, feature_attention_mask: Tensor) -> Tensor:
-        """Audio frames (W, A, H) of windows; A is that of the longest window.
+        """Audio frames (W, A, H); A is that of the longest window.
 
         input_features: (W, mel bins, mel frames), any float dtype.
         feature_attention_mask: (W, mel frames), 1 on real mel frames, then 0 on padding.
@@ -163,24 +162,23 @@ class AudioFlamingo3Encoder(nn.Module):
         num_conv_frames, _ = frame_counts(feature_attention_mask.sum(-1))  # (W,)
         longest = int(num_conv_frames.max())
 
-        # Whisper always encodes 3000 mel frames. Stopping after the last real conv frame makes
-        # a 5 s clip 7 to 10 times as fast. The result is the same: the rest is masked.
-        # Conv frame c depends on mel frames 2c - 2 to 2c + 2, so the last real one,
-        # longest - 1, depends on mel frames up to 2 * longest.
-        x = input_features[:, :, : 2 * longest + 1].to(self.conv1.weight.dtype)
+        # Whisper always encodes 3000 mel frames. Stopping at the last real conv frame makes a
+        # 5 s clip 7 to 10 times as fast. The result is the same: the rest is masked.
+        # Conv frame c depends on mel frames 2c - 2 to 2c + 2.
+        last_mel_frame = 2 * (longest - 1) + 2
+        x = input_features[:, :, : last_mel_frame + 1].to(self.conv1.weight.dtype)
         x = F.gelu(self.conv1(x))
         x = F.gelu(self.conv2(x))[:, :, :longest]
         x = x.transpose(1, 2)  # (W, C, H)
         x = x + self.embed_positions.weight[:longest]
 
-        # A shorter window still ends in padding, which no query may see.
+        # Windows that are shorter than the longest end in padding, which no query may see.
         is_real = torch.arange(longest, device=x.device) < num_conv_frames[:, None]  # (W, C)
         mask = is_real[:, None, None]  # (W, 1, 1, C), the same for all heads and queries
         for layer in self.layers:
             x = layer(x, mask)
 
         # An odd last conv frame was a key in attention, but has no partner in the pool.
-        # `get_audio_features` drops the padding at the end of shorter windows.
         pairs = x[:, : longest // 2 * 2].unflatten(1, (-1, 2))  # (W, A, 2, H)
         return self.layer_norm(pairs.mean(2))
 
@@ -198,17 +196,20 @@ class AudioFlamingo3MultiModalProjector(nn.Module):
 
 
 # ---- Splice: audio frames -> the <sound> positions of the prompt ----
-def splice(x: Tensor, is_sound: Tensor, audio_frames: Tensor) -> Tensor:
+def splice(x: Tensor, is_sound: Tensor, audio_frames: Tensor | None) -> Tensor:
     """Embeddings x (B, T, H), with the next audio frame wherever is_sound (B, T) is True.
 
     audio_frames: (N, H), in order, row after row. The length T stays the same.
     """
     num_tokens = int(is_sound.sum())
-    if num_tokens != len(audio_frames):
+    num_frames = 0 if audio_frames is None else len(audio_frames)
+    if num_tokens != num_frames:
         raise ValueError(
-            f"Audio tokens and features mismatch: tokens={num_tokens}, frames={len(audio_frames)}. "
+            f"Audio tokens and features mismatch: tokens={num_tokens}, frames={num_frames}. "
             "Pass the processor's input_ids together with its input_features."
         )
+    if audio_frames is None:
+        return x
     return x.masked_scatter(is_sound[..., None], audio_frames.to(x.dtype))
 
 
@@ -216,9 +217,9 @@ def splice(x: Tensor, is_sound: Tensor, audio_frames: Tensor) -> Tensor:
 class KeyValueCache:
     """The keys and values of all tokens read so far, in every layer, for `capacity` tokens.
 
-    It belongs to one call of `generate`, or to one conversation. In a batch, a shorter prompt
-    is padded on the right. This padding stays in the cache, between prompt and answer, where
-    `is_real` is False, so that no token attends to it.
+    It belongs to one call of `generate`, or to one conversation. `prefill` moves the padding
+    of shorter prompts to the right. There it stays, between prompt and answer, and `is_real`
+    is False, so that no token attends to it.
     """
 
     def __init__(self, config: Qwen2Config, rows: int, capacity: int, dtype, device):
@@ -238,7 +239,7 @@ class KeyValueCache:
         return self.is_real[:, : self.length]
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores new keys and values (B, heads, T, D); returns those of all tokens."""
+        """Stores keys and values (B, heads, T, D) where `extend` made room; returns all."""
         start = self.length - k.shape[2]
         self.keys[layer][:, :, start : self.length] = k
         self.values[layer][:, :, start : self.length] = v
@@ -246,7 +247,7 @@ class KeyValueCache:
 
 
 def rotary_tables(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype):
-    """cos and sin (B, 1, T, D) for positions (B, T): angles in float32, then rounded to dtype."""
+    """cos and sin (B, 1, T, D) for positions (B, T), computed in float32."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
     frequencies = 1.0 / base**exponents  # (D / 2,)
     angles = positions[:, None, :, None].float() * frequencies
@@ -257,7 +258,7 @@ def rotary_tables(positions: Tensor, head_dim: int, base: float, dtype: torch.dt
 def rotate_half(x: Tensor) -> Tensor:
     """(a, b) -> (-b, a), where a and b are the two halves of the channels.
 
-    So x * cos + rotate_half(x) * sin rotates each pair of channels (i, i + D / 2) by its angle.
+    So x * cos + rotate_half(x) * sin rotates each pair of channels (i, i + D / 2).
     """
     first, second = x.chunk(2, dim=-1)
     return torch.cat([-second, first], dim=-1)
@@ -308,9 +309,9 @@ class Qwen2Attention(nn.Module):
 def attend_one_token(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of one query per head to all keys, without copying keys and values.
 
-    With enable_gqa=True, PyTorch copies each key-value head for all query heads that share
-    it. Here 28 heads with one query each, (B, 28, 1, D), are viewed as 4 heads with 7
-    queries each, (B, 4, 7, D). After ten minutes of audio, a token takes half the time.
+    With enable_gqa=True, PyTorch copies each key-value head for all query heads that
+    share it. Here 28 heads with one query, (B, 28, 1, D), are viewed as 4 heads with 7
+    queries, (B, 4, 7, D). After ten minutes of audio, a token takes half the time.
     """
     batch, query_heads, _, head_dim = q.shape
     grouped = q.view(batch, k.shape[1], -1, head_dim)  # (B, key-value heads, queries, D)
@@ -353,20 +354,20 @@ class Qwen2Model(nn.Module):
         )
         self.norm = Qwen2RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, attention_mask: Tensor, cache: KeyValueCache | None) -> Tensor:
-        """Hidden states (B, T, H) of embeddings x (B, T, H), which follow those in the cache.
+    def forward(self, x, attention_mask, cache: KeyValueCache | None) -> Tensor:
+        """Hidden states (B, T, H) of embeddings x (B, T, H) that follow those in the cache.
 
         attention_mask: (B, T), False on padding, which must be on the right of x.
         """
         tokens = x.shape[1]
+        past = 0 if cache is None else cache.length
         positions = torch.arange(tokens, device=x.device)[None]  # (1, T)
-        mask = None  # plain causal attention: real tokens do not see the padding on their right
-        if cache is not None and cache.length == 0:
-            cache.extend(attention_mask)
-        elif cache is not None:
-            num_real = cache.is_real[:, : cache.length].sum(-1, keepdim=True)  # (B, 1)
-            positions = num_real + positions  # (B, T)
-            mask = causal_mask(cache.extend(attention_mask), tokens, x.dtype)
+        mask = None  # plain causal attention: real tokens do not see padding on the right
+        if cache is not None:
+            is_real = cache.extend(attention_mask)  # (B, past + T)
+        if past > 0:  # the answer, a later turn, or a later part of a long prompt
+            positions = is_real[:, :past].sum(-1, keepdim=True) + positions  # (B, T)
+            mask = causal_mask(is_real, tokens)
 
         cos, sin = rotary_tables(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
         for layer in self.layers:
@@ -374,19 +375,19 @@ class Qwen2Model(nn.Module):
         return self.norm(x)
 
 
-def causal_mask(is_real: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
-    """(B, 1, T, length): 0 where one of the last T tokens may attend to a token, else -inf.
+def causal_mask(is_real: Tensor, tokens: int) -> Tensor:
+    """(B, 1, T, length): whether one of the last T tokens may attend to one of all tokens.
 
     is_real (B, length): False on padding.
     """
-    keys = torch.arange(is_real.shape[1], device=is_real.device)
-    queries = keys[-tokens:, None]
-    is_hidden = ~is_real[:, None] | (keys > queries)  # (B, T, length)
-    mask = torch.zeros(is_hidden.shape, dtype=dtype, device=is_real.device)
-    return mask.masked_fill_(is_hidden, -torch.inf)[:, None]
+    key_positions = torch.arange(is_real.shape[1], device=is_real.device)
+    query_positions = key_positions[-tokens:, None]
+    return (is_real[:, None] & (key_positions <= query_positions))[:, None]
 
 
 class Qwen2ForCausalLM(nn.Module):
+    """Two modules under the checkpoint's names. `lm_head` is not needed at each position."""
+
     def __init__(self, config: Qwen2Config):
         super().__init__()
         self.model = Qwen2Model(config)
@@ -404,7 +405,7 @@ class GenerationConfig:
     top_k: int | None = None  # None or 0: no limit
     top_p: float | None = None  # None: no limit
     repetition_penalty: float = 1.0
-    eos_token_id: int | list[int] = field(default_factory=list)  # an empty list: never stop early
+    eos_token_id: int | list[int] = field(default_factory=list)  # []: never stop early
     pad_token_id: int = 0  # follows the end of a row
 
     def __post_init__(self):
@@ -421,8 +422,8 @@ def next_token(logits: Tensor, options: GenerationConfig) -> Tensor:
     if options.top_k:
         probabilities[:, options.top_k :] = 0
     if options.top_p is not None:
-        # Keep the fewest ids that hold top_p of the probability that top-k has left: drop an
-        # id if the likelier ones hold that much already.
+        # Keep the fewest ids whose probabilities sum to top_p: drop an id if the likelier
+        # ones reach that sum already. What top-k has dropped does not count.
         probabilities /= probabilities.sum(-1, keepdim=True)
         of_likelier_ids = probabilities.cumsum(-1) - probabilities
         probabilities[of_likelier_ids >= options.top_p] = 0
@@ -453,14 +454,16 @@ class AudioFlamingo3ForConditionalGeneration(PretrainedModel):
     def get_audio_features(self, input_features, feature_attention_mask, window_index=None):
         """The real audio frames of all windows, projected, in order: (N, text H).
 
-        input_features (W, mel bins, mel frames), feature_attention_mask (W, mel frames).
+        input_features: (W, mel bins, mel frames). feature_attention_mask: (W, mel frames).
+        window_index: (W,), only for the siblings of Audio Flamingo 3.
         """
         frames = []
-        for part in split_windows(feature_attention_mask):  # at most 8 windows at a time
-            mask = feature_attention_mask[part]
-            x = self.audio_tower(input_features[part], mask)  # (W, A, audio H)
+        for start in range(0, len(input_features), 8):  # limits the memory
+            batch = slice(start, start + 8)
+            mask = feature_attention_mask[batch]
+            x = self.audio_tower(input_features[batch], mask)  # (W, A, audio H)
             if self.rotary_time is not None:
-                x = self.rotary_time(x, window_index, part)
+                x = self.rotary_time(x, window_index, batch)
             _, num_audio_frames = frame_counts(mask.sum(-1))  # (W,)
             is_real = torch.arange(x.shape[1], device=x.device) < num_audio_frames[:, None]
             frames.append(self.multi_modal_projector(x[is_real]))
@@ -468,7 +471,7 @@ class AudioFlamingo3ForConditionalGeneration(PretrainedModel):
 
     def embed(self, input_ids: Tensor, **audio: Tensor) -> Tensor:
         """Embeddings (B, T, H) of a prompt, with audio frames in the place of <sound>."""
-        audio_frames = self.get_audio_features(**audio) if audio else input_ids.new_empty(0)
+        audio_frames = self.get_audio_features(**audio) if audio else None
         x = self.language_model.model.embed_tokens(input_ids)
         return splice(x, input_ids == self.config.audio_token_id, audio_frames)
 
@@ -480,19 +483,21 @@ class AudioFlamingo3ForConditionalGeneration(PretrainedModel):
         x = self.embed(input_ids, **audio)
 
         # Move padding to the right, where causal attention never looks. On the left, a padding
-        # token has no key to attend to: its softmax is NaN, which spreads to real tokens.
+        # token has no key to attend to: its softmax is NaN, which spreads to real ones.
+        # Prompts of equal length have no padding, and nothing moves.
         to_right = attention_mask.argsort(dim=1, descending=True, stable=True)
         back = to_right.argsort(dim=1)  # the inverse permutation
         x = x.take_along_dim(to_right[..., None], dim=1)
         attention_mask = attention_mask.take_along_dim(to_right, dim=1)
 
         states = []
+        # 4096 tokens, then 1024 at a time, which limits the memory of their masks.
         for part, mask in split_prompt(x, attention_mask, cache):
             states.append(self.language_model.model(part, mask, cache))
         return torch.cat(states, dim=1).take_along_dim(back[..., None], dim=1)
 
     def decode_one_token(self, token_ids: Tensor, cache: KeyValueCache) -> Tensor:
-        """Logits (B, V) after one more id in each row, (B,). Here <sound> is an ordinary id."""
+        """Logits (B, V) after one more id in each row, (B,), where <sound> is like any id."""
         token_ids = token_ids[:, None]
         is_real = torch.ones_like(token_ids, dtype=torch.bool)
         x = self.language_model.model.embed_tokens(token_ids)
@@ -500,19 +505,19 @@ class AudioFlamingo3ForConditionalGeneration(PretrainedModel):
         return self.language_model.lm_head(x[:, 0])
 
     def forward(self, input_ids, attention_mask=None, labels=None, **audio) -> CausalOutput:
-        """Logits and, if there are labels (B, T), the loss; takes the processor's tensors.
+        """Logits, and the loss if there are labels (B, T). Takes the processor's tensors.
 
         input_ids, attention_mask: (B, T), padded on either side.
         audio: the windows of all rows, in order; see `get_audio_features`.
         loss: mean cross-entropy of the next tokens whose label is not -100, in float32.
         """
-        attention_mask, audio = check_model_inputs(input_ids, attention_mask, audio)
+        attention_mask, audio = normalize_inputs(input_ids, attention_mask, audio)
         x = self.prefill(input_ids, attention_mask, **audio)
         logits = self.language_model.lm_head(x)
         loss = None
         if labels is not None:
             predictions = logits[:, :-1].float().flatten(0, 1)
-            # The last left-padding position does not have to predict the first real token.
+            # The last left-padding position need not predict the first real token.
             targets = labels[:, 1:].masked_fill(~attention_mask[:, :-1], -100).flatten()
             loss = F.cross_entropy(predictions, targets, ignore_index=-100)
         return CausalOutput(logits, loss)
@@ -527,19 +532,21 @@ class AudioFlamingo3ForConditionalGeneration(PretrainedModel):
         A conversation continues with its `cache` and `past_ids` (B, P), the ids in it.
         """
         audio, options = separate_options(audio_and_options, self.generation_config)
-        attention_mask, audio = check_model_inputs(input_ids, attention_mask, audio)
+        attention_mask, audio = normalize_inputs(input_ids, attention_mask, audio)
         check_room(input_ids, options.max_new_tokens, self.config.text_config, cache)
         rows, tokens = input_ids.shape
         if cache is None:
             cache = self.new_cache(rows, tokens + options.max_new_tokens)
 
         x = self.prefill(input_ids, attention_mask, cache, **audio)
-        last = attention_mask.cumsum(1).argmax(1, keepdim=True)  # (B, 1): last real position
+        # The count of real tokens is largest from the last real token on.
+        last = attention_mask.cumsum(1).argmax(1, keepdim=True)  # (B, 1)
         x = x.take_along_dim(last[..., None], dim=1)[:, 0]  # (B, H)
         logits = self.language_model.lm_head(x)  # (B, V)
         check_finite(logits, self)
 
-        seen_ids = input_ids.where(attention_mask, input_ids.gather(1, last))  # no padding
+        # In place of padding, the row's last id, which is in the row anyway.
+        seen_ids = input_ids.where(attention_mask, input_ids.gather(1, last))
         if past_ids is not None:
             seen_ids = torch.cat([past_ids, seen_ids], dim=1)
         end_ids = torch.tensor(options.eos_token_id, dtype=torch.long, device=x.device)
@@ -551,14 +558,14 @@ class AudioFlamingo3ForConditionalGeneration(PretrainedModel):
             token_ids = next_token(logits, options)
             token_ids = token_ids.masked_fill(ended, options.pad_token_id)
             yield token_ids
+            seen_ids = torch.cat([seen_ids, token_ids[:, None]], dim=1)
             ended |= torch.isin(token_ids, end_ids)
             if ended.all() or step == options.max_new_tokens:
                 return
-            seen_ids = torch.cat([seen_ids, token_ids[:, None]], dim=1)
             logits = self.decode_one_token(token_ids, cache)
 
     def generate(self, input_ids, attention_mask=None, **others) -> Tensor:
-        """(B, T + new) ids: the prompt as given, then the new ones. Arguments: see `stream`."""
+        """(B, T + new) ids: the prompt, then the new ones. For the arguments see `stream`."""
         new_ids = list(self.stream(input_ids, attention_mask, **others))
         return torch.cat([input_ids, torch.stack(new_ids, dim=1)], dim=1)
 
@@ -567,15 +574,15 @@ class AudioFlamingo3ForConditionalGeneration(PretrainedModel):
         return KeyValueCache(self.config.text_config, rows, capacity, self.dtype, self.device)
 
     @classmethod
-    @also_named(torch_dtype="dtype")
+    @as_in_transformers
     def from_pretrained(cls, path, device_map="auto", dtype="auto"):
-        """The model from a checkpoint directory in either layout, or a hub name.
+        """The model of a checkpoint directory or hub name, in either layout.
 
         device_map: "auto" (CUDA, else MPS, else CPU) or a device.
         dtype: "auto" (the checkpoint's), a torch.dtype or its name.
-        Raises FileNotFoundError or ValueError, which reports the file, field or tensor.
+        Raises FileNotFoundError or ValueError, which names file, field or tensor.
         """
-        import load_weights
+        import load_weights  # only needed here
 
         device = choose_device(device_map)
         folder = find_checkpoint(path)
@@ -586,7 +593,6 @@ class AudioFlamingo3ForConditionalGeneration(PretrainedModel):
         model.generation_config = options
         with errors_naming(folder):
             model.load_state_dict(dict(load_weights.read_tensors(folder)), assign=True)
-        model.source_config = load_weights.read_json(folder / "config.json")
         model.to(device, choose_dtype(dtype, model.dtype))
         return model.requires_grad_(False).eval()
 

@@ -10,15 +10,12 @@ examples:
 """
 
 import argparse
-import os
 from pathlib import Path
 
 from plumbing import terminal
 
 if __name__ == "__main__":
-    # Before the slow imports, during which Ctrl-C would print a traceback.
-    terminal.exit_on_interrupt(end_line=False)
-    terminal.check_packages(["torch", "numpy", "safetensors", "tiktoken"])
+    terminal.prepare_for_slow_imports()
 
 from extras import command_line
 from processor import AudioFlamingo3Processor
@@ -28,27 +25,23 @@ TINY = Path(__file__).resolve().parent / "tiny"
 
 @command_line.exit_status
 def main() -> int:
-    """Answers one question about one recording. For everything else see extras/command_line.py."""
-    args = command_line.parse(make_parser())
+    """Answers one question about one recording; extras/command_line.py does everything else."""
+    args = command_line.parse(make_parser())  # adds recordings, prompt, and options of `generate`
     if not args.is_one_question:
         return command_line.run(args)
 
     processor = AudioFlamingo3Processor.from_pretrained(args.model)
-    waveform = command_line.read_recording(args, processor, args.recordings[0])
+    waveform = command_line.read_recording(args, processor)  # processor.to_waveform(path)
     inputs = processor(args.prompt, waveform)
+    del waveform  # 115 MB for 30 minutes
     model = command_line.load_model(args)  # AudioFlamingo3ForConditionalGeneration.from_pretrained
+    steps = model.stream(**inputs.to(model.device), **args.options)  # token ids, one by one
 
-    terminal.exit_on_interrupt()
-    timer = terminal.StepTimer()
-    steps = timer.watch(model.stream(**inputs.to(model.device), **args.options))
-    steps = terminal.wait_for_first(steps, "reading the recording and the prompt", args.quiet)
-    terminal.print_as_it_comes(processor.stream_text(steps))
-
-    if args.timestamps:
-        command_line.print_timestamps(processor, model, inputs, timer.steps)
-    if not args.quiet:
-        command_line.print_statistics(processor, model, inputs, timer, args)
-    return 0
+    report = command_line.Report(args)  # --timestamps, and the lines on stderr
+    for text in terminal.styled(processor.stream_text(report.watch(steps))):
+        print(text, end="", flush=True)
+    print(flush=True)
+    return report.finish(processor, model, inputs)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -91,4 +84,4 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    os._exit(main())  # sys.exit would try again to write what stdout has refused
+    terminal.exit_with_status(main())

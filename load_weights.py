@@ -90,7 +90,7 @@ def read_config(folder: Path) -> dict:
 
 
 def read_section(section: dict, path: Path) -> dict:
-    """A section of a config.json with newer key names, and without nested rope parameters."""
+    """A section of a config.json with newer key names, and rope parameters at its top level."""
     with errors_naming(path):
         section = {**section, **(section.get("rope_parameters") or {})}
     renamed = {}
@@ -136,51 +136,44 @@ def read_processor_config(folder: Path, added_tokens: dict[str, int]) -> dict:
 
 # ---- Tensors ----
 
-# The beginnings of tensor names in other files, and in af3.py. The first match wins. The hub
-# layout has the names of af3.py.
-TRANSFORMERS_5_NAMES = {  # adapters that were trained with transformers 5
-    "model.audio_tower.": "audio_tower.",
-    "model.multi_modal_projector.": "multi_modal_projector.",
-    "model.language_model.": "language_model.model.",
-    "lm_head.": "language_model.lm_head.",
-}
-ORIGINAL_NAMES = {  # the original layout, each with the name of its folder in front
+# The beginnings of tensor names elsewhere, and in af3.py. The first match counts. The hub layout
+# has the names of af3.py.
+ORIGINAL_NAMES = {  # each after the name of its folder
     "sound_tower.audio_tower.": "audio_tower.",
     "sound_tower.": "audio_tower.",
     "sound_mm_projector.layers.0.": "multi_modal_projector.linear_1.",
     "sound_mm_projector.layers.2.": "multi_modal_projector.linear_2.",  # layers.1 is the GELU
     "llm.": "language_model.",
 }
+TRANSFORMERS_5_NAMES = {  # of the modules in transformers 5
+    "model.audio_tower.": "audio_tower.",
+    "model.multi_modal_projector.": "multi_modal_projector.",
+    "model.language_model.": "language_model.model.",
+    "lm_head.": "language_model.lm_head.",
+}
 
 
 def model_name(name: str) -> str:
-    """The name in af3.py of a tensor in a checkpoint or an adapter."""
-    name = name.removeprefix("base_model.model.")  # peft wraps the model twice
-    for beginning, own in (TRANSFORMERS_5_NAMES | ORIGINAL_NAMES).items():
+    """The name in af3.py of a tensor."""
+    for beginning, own in (ORIGINAL_NAMES | TRANSFORMERS_5_NAMES).items():
         if name.startswith(beginning):
             return own + name.removeprefix(beginning)
     return name
 
 
-SHARED_MAPPING = 1 << 20  # bytes; each larger tensor gets a memory mapping of its own
-
-
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """(name in af3.py, tensor) for every tensor in the checkpoint.
 
-    Tensors are memory-mapped: a page is read from disk when it is first used. A large tensor has
-    its own mapping, so that its memory is freed with it, for example when it is quantized.
+    Tensors are memory-mapped: a page is read from disk when it is first used. Each has its own
+    mapping, so that its memory is freed with it, for example when it is quantized.
     """
     parts = ORIGINAL_FOLDERS if is_original_layout(folder) else ("",)
     for part in parts:
         for path in find_shards(folder / part):
             check_is_complete(path)
             with errors_naming(path):
-                shard = safe_open(path, "pt")
-                for name in shard.keys():
-                    tensor = shard.get_tensor(name)
-                    if tensor.nbytes > SHARED_MAPPING:
-                        tensor = safe_open(path, "pt").get_tensor(name)
+                for name in safe_open(path, "pt").keys():
+                    tensor = safe_open(path, "pt").get_tensor(name)
                     yield model_name(f"{part}.{name}" if part else name), tensor
 
 

@@ -60,21 +60,21 @@ def mel_frame_count(num_samples: int) -> int:
     return math.ceil(num_samples / HOP_LENGTH)
 
 
-def audio_frame_count(waveform: Tensor) -> int:
-    """The number of audio frames, and so of <sound> ids, of a recording (n,) or of a window."""
-    windows = waveform.split(N_SAMPLES)
-    return sum(frame_counts(mel_frame_count(len(window)))[1] for window in windows)
+def audio_frame_count(window: Tensor) -> int:
+    """The number of audio frames, and so of <sound> ids, of a window (n,)."""
+    _, num_audio_frames = frame_counts(mel_frame_count(len(window)))
+    return num_audio_frames
 
 
+# zero_padded does not pad a short clip all the way: the frames after its end are all the same, so
+# it computes one of them and repeats it.
 @zero_padded(N_SAMPLES, HOP_LENGTH)
 def log_mel(window: Tensor) -> Tensor:
     """Whisper's log-mel spectrogram (128, 3000) of at most 30 s of samples (n,), zero-padded."""
     hann = torch.hann_window(N_FFT)
-    spectrum = torch.stft(
-        window, N_FFT, HOP_LENGTH, window=hann, pad_mode="reflect", return_complex=True
-    )
-    power = spectrum[:, :-1].abs().square()  # (201, 3000): without frame 3001, at the very end
-    mel = mel_filters() @ power  # (128, 3000)
+    spectrum = torch.stft(window, N_FFT, HOP_LENGTH, window=hann, return_complex=True)
+    power = spectrum[:, :-1].abs().square()  # (201, frames): as in Whisper, without the last one
+    mel = mel_filters() @ power  # (128, frames)
     log = mel.clamp(min=1e-10).log10()
     log = log.maximum(log.max() - 8)  # at most 80 dB below the loudest value
     return (log + 4) / 4  # Whisper's scale: most values are between -1 and 1
@@ -84,7 +84,7 @@ def log_mel(window: Tensor) -> Tensor:
 def mel_filters() -> Tensor:
     """(128, 201): triangles from 0 to 8 kHz, evenly spaced in mel.
 
-    Slaney's normalization: the area of each is 1, with its width in Hz.
+    Slaney's normalization: each triangle has the area 1 over the frequency in Hz.
     """
     edges = mel_edges()
     bins = torch.linspace(0, SAMPLE_RATE / 2, N_FFT // 2 + 1, dtype=torch.float64)  # in Hz
@@ -104,12 +104,12 @@ def mel_edges() -> Tensor:
 
 
 def hz_to_mel(hz: float) -> float:
-    """Slaney's scale above 1 kHz, which is 15 mel: a factor of 6.4 is 27 mel."""
+    """Slaney's scale above 1 kHz: 1 kHz is 15 mel, and 6.4 times the frequency is 27 mel more."""
     return 15 + 27 * math.log(hz / 1000) / math.log(6.4)
 
 
 def mel_to_hz(mel: Tensor) -> Tensor:
-    """The inverse of `hz_to_mel`, and below 1 kHz Slaney's linear scale, 15 mel per kHz."""
+    """Slaney's scale: linear below 1 kHz, 15 mel per kHz; above, the inverse of `hz_to_mel`."""
     linear = mel * 200 / 3
     logarithmic = 1000 * torch.exp((mel - 15) * math.log(6.4) / 27)
     return torch.where(mel < 15, linear, logarithmic)
@@ -242,9 +242,9 @@ class AudioFlamingo3Processor:
 
         self.tokenizer = tokenizer
         self.system_message = system_message
-        self.borders = Borders(border_ids)
+        self.borders = Borders(border_ids)  # around recordings; none in Audio Flamingo 3
         self.max_samples = max(1, int(max_audio_len) // WINDOW_SECONDS) * N_SAMPLES
-        self.feature_extractor = FeatureExtractor(SAMPLE_RATE, WINDOW_SECONDS)
+        self.feature_extractor = FeatureExtractor(SAMPLE_RATE, WINDOW_SECONDS)  # only attributes
         self.audio_token_id = tokenizer.added_tokens[self.audio_token]
         self.start_id = tokenizer.added_tokens["<|im_start|>"]
         self.end_id = tokenizer.added_tokens["<|im_end|>"]
@@ -270,10 +270,10 @@ class AudioFlamingo3Processor:
 
         Returns input_ids and attention_mask (B, T) int64; with audio also input_features
         (W, 128, 3000) float32 and feature_attention_mask (W, 3000) int64. Raises ValueError.
-        options: padding_side, "left" or "right"; output_labels, for labels (B, T): True ignores
-        (-100) audio and padding, "answer" everything but what the assistant says.
+        options: padding_side, "left" or "right"; output_labels, which adds labels (B, T). They are
+        -100 on audio and padding or, with "answer", everywhere but on what the assistant says.
         """
-        check_processor_options(**options)
+        options = check_processor_options(**options)
         prompts = []
         recordings = []
         for number, (prompt, recording) in enumerate(pair_texts_and_audios(text, audio)):
@@ -294,19 +294,20 @@ class AudioFlamingo3Processor:
         the audio of a message comes before its text. Text is plain text, even if it is <sound>.
         tokenize=False returns the template's text, with one <sound> per recording, and loads none.
         """
-        check_processor_options(**options)
+        options = check_processor_options(**options)
         prompts = []
         recordings = []
         for number, messages in enumerate(list_of_conversations(conversations)):
             turns = []
             for role, texts, audios in read_messages(messages):
-                sounds = [self.audio_token] * len(audios)
-                if tokenize:
-                    sounds = []
-                    for audio in audios:
+                sounds = []
+                for audio in audios:
+                    if tokenize:
                         windows = self.to_waveform(audio, f"Sample {number}").split(N_SAMPLES)
                         sounds += chain(*self.sound_ids(windows))
                         recordings.append(windows)
+                    else:
+                        sounds.append(self.audio_token)
                 turns.append((role, [*sounds, *texts]))
             prompts.append(self.lay_out(turns, add_generation_prompt))
         if not tokenize:
@@ -325,8 +326,7 @@ class AudioFlamingo3Processor:
 
     def to_waveform(self, audio, name: str = "audio") -> Tensor:
         """The float32 waveform (n,) of a file or 1-D samples at 16 kHz, cut at the longest length
-        that the model accepts. Integers are scaled by their range. `name` is for errors.
-        """
+        that the model accepts. Integers are scaled by their range. `name` is for errors."""
         return load_waveform(audio, name, SAMPLE_RATE, self.max_samples, MIN_SAMPLES)
 
     def prompt_pieces(self, prompt: str, windows: tuple, number: int) -> list[str | int]:
@@ -334,9 +334,9 @@ class AudioFlamingo3Processor:
         is_template = prompt.startswith("<|im_start|>")
         texts = [prompt]
         if windows:
-            if self.audio_token not in prompt and not is_template:
-                prompt = self.audio_token * len(windows) + prompt
             texts = prompt.split(self.audio_token)  # between the placeholders
+        if texts == [prompt] and not is_template:
+            texts = [""] * len(windows) + [prompt]  # no placeholder: the windows come first
         num_placeholders = len(texts) - 1
         if num_placeholders != len(windows):
             raise ValueError(
@@ -354,7 +354,7 @@ class AudioFlamingo3Processor:
     def sound_ids(self, windows: tuple) -> list[list[int]]:
         """For each window of a recording, one <sound> id per audio frame."""
         ids = [[self.audio_token_id] * audio_frame_count(window) for window in windows]
-        return self.borders.around(ids)
+        return self.borders.around(ids)  # in Audio Flamingo 3, the same
 
     def lay_out(self, turns: list[tuple], add_generation_prompt: bool) -> list[str | int]:
         """The chat template of turns (role, pieces). A system turn comes first, if there is none."""
@@ -367,10 +367,11 @@ class AudioFlamingo3Processor:
             pieces += [self.start_id, "assistant\n"]
         return pieces
 
-    def make_batch(
-        self, prompts, recordings, padding_side="left", output_labels=False, **conventions
-    ) -> Batch:
-        """The tensors of prompts, each in pieces, and of recordings, each in windows."""
+    def make_batch(self, prompts, recordings, padding_side="left", output_labels=False) -> Batch:
+        """The tensors of prompts, each in pieces, and of recordings, each in windows.
+
+        The padding is on the left as in the published examples; the model accepts either side.
+        """
         sequences = [torch.tensor(self.tokenizer.encode_pieces(pieces)) for pieces in prompts]
         real = [torch.ones_like(sequence) for sequence in sequences]
         padding = {"batch_first": True, "padding_side": padding_side}
@@ -404,7 +405,7 @@ class AudioFlamingo3Processor:
         clean_up_tokenization_spaces is for other tokenizers: byte-level text has no such spaces.
         """
         text = self.tokenizer.decode(ids, skip_special_tokens)
-        if strip_prefix and not self.borders.ids:
+        if strip_prefix and not self.borders.ids:  # models with borders do not write it
             text = strip_transcription_prefix(text)
         return text
 

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from af3 import AudioFlamingo3ForConditionalGeneration
+from extras.many_recordings import count_audio_frames
 from plumbing import terminal
 from plumbing.transformers_conventions import Batch
-from processor import SAMPLE_RATE, AudioFlamingo3Processor, audio_frame_count
+from processor import SAMPLE_RATE, AudioFlamingo3Processor
 
 
 class Conversation:
@@ -247,7 +248,7 @@ class TerminalChat:
         cache = self.conversation.cache
         tokens = cache.length
         for audio in [*self.audios, waveform]:
-            tokens += audio_frame_count(audio)
+            tokens += count_audio_frames(audio)
         if tokens + self.max_new_tokens() > cache.capacity:
             raise ValueError(
                 f"{name}: no room for it beside the {cache.length} tokens of the conversation, "

@@ -7,7 +7,7 @@ import argparse
 import dataclasses
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from functools import wraps
 
@@ -309,9 +309,10 @@ def load_changed_model(args: argparse.Namespace) -> AudioFlamingo3ForConditional
 
 
 def read_recording(
-    args: argparse.Namespace, processor: AudioFlamingo3Processor, name: str
+    args: argparse.Namespace, processor: AudioFlamingo3Processor, number: int = 0
 ) -> Tensor:
-    """The waveform of a file or of standard input."""
+    """The waveform of one of args.recordings, which is a file or standard input."""
+    name = args.recordings[number]
     with terminal.show_waiting(f"reading {name}", args.quiet), terminal.memory_hint(SHORTER_HINT):
         if name != STDIN:
             return processor.to_waveform(name)
@@ -319,29 +320,39 @@ def read_recording(
             return processor.to_waveform(path)
 
 
-def print_timestamps(
-    processor: AudioFlamingo3Processor,
-    model: AudioFlamingo3ForConditionalGeneration,
-    inputs: dict,
-    steps: list[Tensor],
-) -> None:
-    from extras.alignment import align, print_words
+class Report:
+    """What is printed beside an answer: --timestamps, and the statistics on stderr."""
 
-    print_words(align(processor, model, inputs, torch.cat(steps)))
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.timer = terminal.StepTimer()
+        terminal.exit_on_interrupt()
 
+    def watch(self, steps: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The same steps; while the first is awaited, the terminal says so."""
+        steps = self.timer.watch(steps)
+        return terminal.wait_for_first(
+            steps, "reading the recording and the prompt", self.args.quiet
+        )
 
-def print_statistics(
-    processor: AudioFlamingo3Processor,
-    model: AudioFlamingo3ForConditionalGeneration,
-    inputs: dict,
-    timer: terminal.StepTimer,
-    args: argparse.Namespace,
-) -> None:
-    print(terminal.describe_audio(inputs, processor.audio_token_id), file=sys.stderr)
-    print(timer.summary(), file=sys.stderr)
-    limit = args.max_new_tokens or model.generation_config.max_new_tokens
-    if len(timer.steps) == limit:
-        print("ended by the limit, which --max-new-tokens sets", file=sys.stderr)
+    def finish(
+        self,
+        processor: AudioFlamingo3Processor,
+        model: AudioFlamingo3ForConditionalGeneration,
+        inputs: dict,
+    ) -> int:
+        """Returns the exit status."""
+        if self.args.timestamps:
+            from extras.alignment import align, print_words
+
+            print_words(align(processor, model, inputs, torch.cat(self.timer.steps)))
+        if not self.args.quiet:
+            print(terminal.describe_audio(inputs, processor.audio_token_id), file=sys.stderr)
+            print(self.timer.summary(), file=sys.stderr)
+            limit = self.args.max_new_tokens or model.generation_config.max_new_tokens
+            if len(self.timer.steps) == limit:
+                print("ended by the limit, which --max-new-tokens sets", file=sys.stderr)
+        return 0
 
 
 # ---- Modes ----
@@ -382,7 +393,7 @@ def chat(args: argparse.Namespace) -> int:
     from extras.chat import TerminalChat
 
     processor = AudioFlamingo3Processor.from_pretrained(args.model)
-    waveforms = [read_recording(args, processor, recording) for recording in args.recordings]
+    waveforms = [read_recording(args, processor, i) for i in range(len(args.recordings))]
     model = load_model(args)
     return TerminalChat(processor, model, waveforms, args.options, args.quiet).run(args.prompt)
 
@@ -397,7 +408,7 @@ def explain_one(args: argparse.Namespace) -> None:
     if args.explain:
         check_page_name(args.explain)
     processor = AudioFlamingo3Processor.from_pretrained(args.model)
-    waveform = read_recording(args, processor, args.recordings[0])
+    waveform = read_recording(args, processor)
     model = load_model(args)
     if not args.explain:
         explain(processor, model, waveform, args.prompt, args.options)

@@ -41,6 +41,7 @@ from extras.lora import DECODER_LINEARS, HEAD, add_factors, choose_layers, save_
 from extras.many_recordings import (
     OWN_FIELDS,
     check_no_faults,
+    count_audio_frames,
     load_one,
     new_job,
     read_entries,
@@ -53,7 +54,7 @@ from plumbing.check_inputs import check_length
 from plumbing.processes import is_first_process, num_processes, process_number
 from plumbing.save_checkpoint import check_can_save, new_files
 from plumbing.transformers_conventions import Batch
-from processor import AudioFlamingo3Processor, audio_frame_count
+from processor import AudioFlamingo3Processor
 
 STATE_FILE = "training_state.pt"
 SHOWN_ANSWERS = 4  # held-out examples whose answers a report prints
@@ -127,7 +128,7 @@ def read_example(
     content = []
     num_frames = 0
     for file in job.recordings:
-        num_frames += audio_frame_count(load_one(file, processor))
+        num_frames += count_audio_frames(load_one(file, processor))
         content.append({"type": "audio", "path": file})
     content.append({"type": "text", "text": with_choices(job.prompt, job.choices)})
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]

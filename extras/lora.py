@@ -163,6 +163,7 @@ def merge_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
 
 def merged_name(name: str) -> str:
     """The model's name for a tensor of an adapter; .base_layer. marks the weight beside factors."""
+    name = name.removeprefix("base_model.model.")  # peft wraps the model twice
     return model_name(name).replace(".base_layer.", ".")
 
 

@@ -26,7 +26,7 @@ from plumbing.check_inputs import check_length, check_plain_prompt
 from plumbing.json_file import check_is_file
 from plumbing.terminal import Progress, describe_error
 from plumbing.transformers_conventions import Batch
-from processor import AudioFlamingo3Processor
+from processor import N_SAMPLES, AudioFlamingo3Processor, audio_frame_count
 
 OUTCOMES = ("response", "error")
 TIMESTAMPS = "words"  # the field for timestamps
@@ -318,6 +318,11 @@ def load_one(file: str, processor: AudioFlamingo3Processor) -> Tensor:
     for warning in caught:
         warn_about(file, str(warning.message))
     return waveform
+
+
+def count_audio_frames(waveform: Tensor) -> int:
+    """The number of <sound> ids of a recording (n,)."""
+    return sum(audio_frame_count(window) for window in waveform.split(N_SAMPLES))
 
 
 def warn_about(file: str, message: str) -> None:

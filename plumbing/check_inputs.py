@@ -17,7 +17,7 @@ AUDIO_TENSORS = ("input_features", "feature_attention_mask", "window_index")
 OTHER_NAMES = {"input_features_mask": "feature_attention_mask"}
 
 
-def check_model_inputs(
+def normalize_inputs(
     input_ids: Tensor, attention_mask: Tensor | None, audio: dict[str, Tensor | None]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The attention mask as (B, T) bool, all True if there is none, and the audio tensors.
@@ -124,8 +124,8 @@ def check_number(name: str, value, kind: type, smallest: float, largest: float) 
 # ---- The processor: options and prompts ----
 
 
-def check_processor_options(padding_side="left", output_labels=False, **conventions) -> None:
-    """Checks the options of `processor(...)` and `apply_chat_template`."""
+def check_processor_options(padding_side="left", output_labels=False, **conventions) -> dict:
+    """The options of `processor(...)` and `apply_chat_template`, without mere conventions."""
     if padding_side not in ("left", "right"):
         raise ValueError(f"padding_side is {padding_side!r}; 'left' or 'right' is expected.")
     if output_labels not in (False, True, "answer"):
@@ -133,6 +133,7 @@ def check_processor_options(padding_side="left", output_labels=False, **conventi
             f"output_labels is {output_labels!r}; False, True or 'answer' is expected."
         )
     check_conventions(conventions)
+    return {"padding_side": padding_side, "output_labels": output_labels}
 
 
 def check_plain_prompt(prompt: str) -> None:

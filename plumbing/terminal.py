@@ -65,6 +65,17 @@ def refuse(message: str) -> None:
     raise ValueError(f"{message}; see --help")
 
 
+def prepare_for_slow_imports() -> None:
+    """For the beginning of a program: Ctrl-C during its imports would print a traceback."""
+    exit_on_interrupt(end_line=False)
+    check_packages(["torch", "numpy", "safetensors", "tiktoken"])
+
+
+def exit_with_status(status: int) -> NoReturn:
+    """Exits at once. sys.exit would try again to write what stdout has refused."""
+    os._exit(status)
+
+
 def check_packages(names: Iterable[str]) -> None:
     """Exits with a one-line error if a package is missing, for example outside the venv."""
     for name in names:
@@ -235,8 +246,8 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def print_as_it_comes(texts: Iterable[str]) -> None:
-    """Prints the parts of an answer as they arrive, then a newline.
+def styled(texts: Iterable[str]) -> Iterable[str]:
+    """Yields the parts of an answer as they are printed.
 
     In a terminal, control characters are escaped, and the model's thoughts are dimmed.
     """
@@ -244,7 +255,12 @@ def print_as_it_comes(texts: Iterable[str]) -> None:
         texts = map(printable, texts)
     if has_styles():
         texts = dim_thoughts(texts)
-    for text in texts:
+    return texts
+
+
+def print_as_it_comes(texts: Iterable[str]) -> None:
+    """Prints the parts of an answer as they arrive, then a newline."""
+    for text in styled(texts):
         print(text, end="", flush=True)
     print(flush=True)
 

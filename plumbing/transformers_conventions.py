@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from plumbing.find_checkpoint import find_checkpoint
+from plumbing.json_file import read_json
 from plumbing.save_checkpoint import save_model
 
 # ---- The model ----
@@ -43,24 +45,19 @@ class PretrainedModel(nn.Module):
         save_model(self, path)
 
 
-def also_named(**names: str) -> Callable:
-    """A decorator: the keyword arguments of a function may also have these other names.
+def as_in_transformers(from_pretrained: Callable) -> Callable:
+    """A decorator for the class method: `torch_dtype` is another name of `dtype`, and the model
+    remembers its config.json, to save it again."""
 
-    @also_named(torch_dtype="dtype")
-    """
+    @wraps(from_pretrained)
+    def call(cls, path: str | Path, *arguments, torch_dtype=None, **options) -> PretrainedModel:
+        if torch_dtype is not None:
+            options["dtype"] = torch_dtype
+        model = from_pretrained(cls, path, *arguments, **options)
+        model.source_config = read_json(find_checkpoint(path) / "config.json")
+        return model
 
-    def decorate(function: Callable) -> Callable:
-        @wraps(function)
-        def call(*arguments, **options):
-            for other, name in names.items():
-                value = options.pop(other, None)
-                if value is not None:
-                    options[name] = value
-            return function(*arguments, **options)
-
-        return call
-
-    return decorate
+    return call
 
 
 # ---- The processor ----

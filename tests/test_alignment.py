@@ -19,8 +19,9 @@ from extras.alignment import (
     split_into_words,
     word_spans,
 )
+from extras.many_recordings import count_audio_frames
 from plumbing.audio_file import load_audio
-from processor import AudioFlamingo3Processor, audio_frame_count, feature_batch
+from processor import AudioFlamingo3Processor, feature_batch
 from signals import sound
 
 SECONDS_OF_FRAME = 0.04
@@ -105,7 +106,7 @@ def test_candidates_are_sorted_and_a_greedy_answer_takes_the_first(tiny):
 def test_each_new_token_has_attention_to_each_audio_frame_of_all_windows(processor, model):
     waveform = sound(560123)
     alignment, _, _ = answer_and_align(processor, model, waveform, "Hi", max_new_tokens=3)
-    shape = (3, audio_frame_count(torch.from_numpy(waveform)))
+    shape = (3, count_audio_frames(torch.from_numpy(waveform)))
     assert len(alignment.heads) <= KEPT_HEADS
     for head in alignment.heads:
         assert head.attention.shape == shape

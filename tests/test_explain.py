@@ -71,11 +71,12 @@ def test_the_answer_is_that_of_a_run_without_explain(run, clip):
     assert "\nThe answer:\n" + answer in out
 
 
-def test_each_part_of_a_recording_has_its_own_stages_in_order(processor, model):
-    waveform = torch.from_numpy(sound(2 * 480000 + 80000))
+def test_each_part_of_a_recording_has_its_own_stages_in_order(processor, model, monkeypatch):
+    waveform = torch.from_numpy(sound(8 * 480000 + 80000))
+    monkeypatch.setattr(model.config.text_config, "max_position_embeddings", 7000)
     stages = follow(processor, model, waveform, "Hi", {"max_new_tokens": 1}).stages
     shapes = [stage.shape for stage in stages if stage.name == "conv1"]
-    assert shapes == [(2, 32, 3000), (1, 32, 501)]
+    assert shapes == [(8, 32, 3000), (1, 32, 501)]
     names = [stage.name for stage in stages]
     encoder = ["conv1", "conv2", "2 encoder layers", "pool, LayerNorm", "projector"]
     assert names[3:13] == encoder * 2

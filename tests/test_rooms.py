@@ -31,6 +31,7 @@ USES = {
         *("alignment", "parallel", "quantize"),
     },
     "answer_lines": {"many_recordings", "parallel"},
+    "chat": {"many_recordings"},
     "explain": {"alignment", "stage_trace"},
     "explain_page": {"alignment", "stage_trace"},
     "finetune": {"many_recordings", "lora"},

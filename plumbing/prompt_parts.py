@@ -1,0 +1,18 @@
+"""A long prompt in parts, which limits the memory of the decoder."""
+
+from torch import Tensor
+
+FIRST_PART = 4096  # tokens at the start of a prompt; they need no mask
+LATER_PART = 1024  # tokens after those; they need a mask of T x all tokens so far
+
+
+def split_prompt(x: Tensor, attention_mask: Tensor, cache) -> list[tuple[Tensor, Tensor]]:
+    """Embeddings (B, T, H) and their mask (B, T), in parts that the decoder reads in turn.
+
+    Without a cache, which would connect the parts, there is only one.
+    """
+    if cache is None:
+        return [(x, attention_mask)]
+    first_part = FIRST_PART if cache.length == 0 else LATER_PART
+    cuts = list(range(first_part, x.shape[1], LATER_PART))
+    return list(zip(x.tensor_split(cuts, dim=1), attention_mask.tensor_split(cuts, dim=1)))
