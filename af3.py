@@ -14,8 +14,8 @@ The sections follow a recording to the first word of the answer:
 Its parts come from models that you may know. What differs from each of them:
 
     Whisper large-v3  The encoder has Whisper's 32 layers. Then an average pool halves the
-                      frames, from one every 20 ms to one every 40 ms, and the last
-                      LayerNorm follows. Whisper attends to padding; here it is masked.
+                      frames, from 20 ms each to 40 ms, and the last LayerNorm follows.
+                      Whisper attends to padding; here it is masked.
     Qwen2-Audio       It has the same encoder and pool. Its projector is one linear layer,
                       and it accepts one window of 30 s. Here the projector has two layers,
                       and a recording has up to 20 windows, whose frames are joined.
@@ -67,7 +67,7 @@ class Qwen2Config:
     num_hidden_layers: int = 28
     num_attention_heads: int = 28  # query heads of 128 channels each
     num_key_value_heads: int = 4  # each is shared by 7 query heads
-    max_position_embeddings: int = 32768  # most tokens of prompt and answer
+    max_position_embeddings: int = 32768  # maximum number of tokens
     rms_norm_eps: float = 1e-6  # avoids division by zero in RMSNorm
     rope_theta: float = 1_000_000.0  # base of the rotary position embedding
 
@@ -86,7 +86,7 @@ class AudioFlamingo3Config:
 
 # ---- Frame counts ----
 def frame_counts(mel_frames):
-    """How many conv frames and audio frames a window with `mel_frames` real mel frames has.
+    """How many conv frames and audio frames a window with so many real mel frames has.
 
     Takes and returns ints or integer tensors. A full window: 3000 -> (1500, 750).
     """
@@ -113,8 +113,8 @@ class AudioFlamingo3Attention(nn.Module):
         self.out_proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        # The queries are scaled, not the scores, as in training. In bfloat16 the two round
-        # differently, unless the scale is a power of 2, as in the official model.
+        # The queries are scaled, not the scores, as in training. For other head sizes than
+        # 64, the two round differently in bfloat16.
         q = self.q_proj(x) * self.head_dim**-0.5
         q = split_heads(q, self.head_dim)  # (W, heads, C, D)
         k = split_heads(self.k_proj(x), self.head_dim)
@@ -157,7 +157,7 @@ class AudioFlamingo3Encoder(nn.Module):
         """Audio frames (W, A, H); A is that of the longest window.
 
         input_features: (W, mel bins, mel frames), any float dtype.
-        feature_attention_mask: (W, mel frames), 1 on real mel frames, then 0 on padding.
+        feature_attention_mask: (W, mel frames), 1 on real mel frames, then 0.
         """
         num_conv_frames, _ = frame_counts(feature_attention_mask.sum(-1))  # (W,)
         longest = int(num_conv_frames.max())
@@ -172,7 +172,7 @@ class AudioFlamingo3Encoder(nn.Module):
         x = x.transpose(1, 2)  # (W, C, H)
         x = x + self.embed_positions.weight[:longest]
 
-        # Windows that are shorter than the longest end in padding, which no query may see.
+        # Shorter windows end in padding, which no query may see.
         is_real = torch.arange(longest, device=x.device) < num_conv_frames[:, None]  # (W, C)
         mask = is_real[:, None, None]  # (W, 1, 1, C), the same for all heads and queries
         for layer in self.layers:
@@ -217,9 +217,9 @@ def splice(x: Tensor, is_sound: Tensor, audio_frames: Tensor | None) -> Tensor:
 class KeyValueCache:
     """The keys and values of all tokens read so far, in every layer, for `capacity` tokens.
 
-    It belongs to one call of `generate`, or to one conversation. `prefill` moves the padding
-    of shorter prompts to the right. There it stays, between prompt and answer, and `is_real`
-    is False, so that no token attends to it.
+    It belongs to one call of `generate`, or to one conversation. If prompts differ in length,
+    the shorter ones are padded on the right; see `prefill`. The padding stays in the cache,
+    before the answer, and `is_real` is False there, so that no token attends to it.
     """
 
     def __init__(self, config: Qwen2Config, rows: int, capacity: int, dtype, device):
@@ -297,13 +297,15 @@ class Qwen2Attention(nn.Module):
         k = k * cos + rotate_half(k) * sin
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        if q.shape[2] == 1:
-            x = attend_one_token(q, k, v, mask)
-        else:
-            x = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
-            )
+        x = self.attend(q, k, v, mask)
         return self.o_proj(x.transpose(1, 2).flatten(2))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if q.shape[2] == 1:
+            return attend_one_token(q, k, v, mask)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+        )
 
 
 def attend_one_token(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -386,10 +388,8 @@ def causal_mask(is_real: Tensor, tokens: int) -> Tensor:
 
 
 class Qwen2ForCausalLM(nn.Module):
-    """Two modules under the checkpoint's names. `lm_head` is not needed at each position."""
-
     def __init__(self, config: Qwen2Config):
-        super().__init__()
+        super().__init__()  # no forward: the whole model calls the two modules apart
         self.model = Qwen2Model(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -484,20 +484,20 @@ class AudioFlamingo3ForConditionalGeneration(PretrainedModel):
 
         # Move padding to the right, where causal attention never looks. On the left, a padding
         # token has no key to attend to: its softmax is NaN, which spreads to real ones.
-        # Prompts of equal length have no padding, and nothing moves.
+        # Without padding, nothing moves.
         to_right = attention_mask.argsort(dim=1, descending=True, stable=True)
         back = to_right.argsort(dim=1)  # the inverse permutation
         x = x.take_along_dim(to_right[..., None], dim=1)
         attention_mask = attention_mask.take_along_dim(to_right, dim=1)
 
         states = []
-        # 4096 tokens, then 1024 at a time, which limits the memory of their masks.
+        # To limit memory: 4096 tokens, then 1024 at a time; without a cache, all at once.
         for part, mask in split_prompt(x, attention_mask, cache):
             states.append(self.language_model.model(part, mask, cache))
         return torch.cat(states, dim=1).take_along_dim(back[..., None], dim=1)
 
     def decode_one_token(self, token_ids: Tensor, cache: KeyValueCache) -> Tensor:
-        """Logits (B, V) after one more id in each row, (B,), where <sound> is like any id."""
+        """Logits (B, V) after one more id in each row, (B,)."""
         token_ids = token_ids[:, None]
         is_real = torch.ones_like(token_ids, dtype=torch.bool)
         x = self.language_model.model.embed_tokens(token_ids)
@@ -517,7 +517,7 @@ class AudioFlamingo3ForConditionalGeneration(PretrainedModel):
         loss = None
         if labels is not None:
             predictions = logits[:, :-1].float().flatten(0, 1)
-            # The last left-padding position need not predict the first real token.
+            # Ignore what follows padding: the target there is the first real token.
             targets = labels[:, 1:].masked_fill(~attention_mask[:, :-1], -100).flatten()
             loss = F.cross_entropy(predictions, targets, ignore_index=-100)
         return CausalOutput(logits, loss)
@@ -528,7 +528,7 @@ class AudioFlamingo3ForConditionalGeneration(PretrainedModel):
     ) -> Iterator[Tensor]:
         """The new ids (B,) of each step, as soon as they are known.
 
-        Options are the fields of `GenerationConfig`; those not given are the checkpoint's.
+        Options are the fields of `GenerationConfig`; the others are the checkpoint's.
         A conversation continues with its `cache` and `past_ids` (B, P), the ids in it.
         """
         audio, options = separate_options(audio_and_options, self.generation_config)
@@ -539,13 +539,13 @@ class AudioFlamingo3ForConditionalGeneration(PretrainedModel):
             cache = self.new_cache(rows, tokens + options.max_new_tokens)
 
         x = self.prefill(input_ids, attention_mask, cache, **audio)
-        # The count of real tokens is largest from the last real token on.
+        # argmax: the first position where the count of real tokens is complete.
         last = attention_mask.cumsum(1).argmax(1, keepdim=True)  # (B, 1)
         x = x.take_along_dim(last[..., None], dim=1)[:, 0]  # (B, H)
         logits = self.language_model.lm_head(x)  # (B, V)
         check_finite(logits, self)
 
-        # In place of padding, the row's last id, which is in the row anyway.
+        # For the repetition penalty: the row's own ids, with its last one for padding.
         seen_ids = input_ids.where(attention_mask, input_ids.gather(1, last))
         if past_ids is not None:
             seen_ids = torch.cat([past_ids, seen_ids], dim=1)
@@ -582,7 +582,7 @@ class AudioFlamingo3ForConditionalGeneration(PretrainedModel):
         dtype: "auto" (the checkpoint's), a torch.dtype or its name.
         Raises FileNotFoundError or ValueError, which names file, field or tensor.
         """
-        import load_weights  # only needed here
+        import load_weights  # a model can be built without a checkpoint
 
         device = choose_device(device_map)
         folder = find_checkpoint(path)

@@ -33,7 +33,7 @@ def main() -> int:
     processor = AudioFlamingo3Processor.from_pretrained(args.model)
     waveform = command_line.read_recording(args, processor)  # processor.to_waveform(path)
     inputs = processor(args.prompt, waveform)
-    del waveform  # 115 MB for 30 minutes
+    del waveform  # frees its memory
     model = command_line.load_model(args)  # AudioFlamingo3ForConditionalGeneration.from_pretrained
     steps = model.stream(**inputs.to(model.device), **args.options)  # token ids, one by one
 

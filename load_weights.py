@@ -75,7 +75,7 @@ def read_config(folder: Path) -> dict:
         sections = config
 
     text_config = read_section(sections.get("text_config", {}), text_path)
-    # The official files give 1e6. If a file gives none, transformers uses 10000.
+    # All official files give it. If a file does not, transformers uses 10000, and so do we.
     text_config.setdefault("rope_theta", 10000.0)
     token_ids = read_token_ids(tokenizer_folder(folder))
     audio_token_id = config.get("audio_token_id", token_ids.get("<sound>"))
@@ -114,7 +114,7 @@ def read_generation_config(folder: Path) -> dict:
     return options
 
 
-SYSTEM_MESSAGE = "You are a helpful assistant."  # without a chat_template.jinja
+SYSTEM_MESSAGE = "You are a helpful assistant."  # if chat_template.jinja has no other
 
 
 def read_processor_config(folder: Path, added_tokens: dict[str, int]) -> dict:
@@ -136,16 +136,16 @@ def read_processor_config(folder: Path, added_tokens: dict[str, int]) -> dict:
 
 # ---- Tensors ----
 
-# The beginnings of tensor names elsewhere, and in af3.py. The first match counts. The hub layout
-# has the names of af3.py.
-ORIGINAL_NAMES = {  # each after the name of its folder
+# Prefixes of tensor names in other files, and in af3.py; the first match wins. The hub layout has
+# the names of af3.py.
+ORIGINAL_NAMES = {  # each begins with the name of its folder
     "sound_tower.audio_tower.": "audio_tower.",
     "sound_tower.": "audio_tower.",
     "sound_mm_projector.layers.0.": "multi_modal_projector.linear_1.",
     "sound_mm_projector.layers.2.": "multi_modal_projector.linear_2.",  # layers.1 is the GELU
     "llm.": "language_model.",
 }
-TRANSFORMERS_5_NAMES = {  # of the modules in transformers 5
+TRANSFORMERS_5_NAMES = {  # in adapters that were trained with transformers 5
     "model.audio_tower.": "audio_tower.",
     "model.multi_modal_projector.": "multi_modal_projector.",
     "model.language_model.": "language_model.model.",

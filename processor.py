@@ -52,7 +52,7 @@ HOP_LENGTH = 160  # samples from one mel frame to the next: 10 ms
 N_FFT = 400  # samples that a mel frame sees: 25 ms
 N_MELS = 128
 N_MEL_FRAMES = N_SAMPLES // HOP_LENGTH  # 3000 mel frames in a window
-MIN_SAMPLES = 2 * HOP_LENGTH + 1  # 3 mel frames, 2 conv frames, 1 audio frame
+MIN_SAMPLES = 2 * HOP_LENGTH + 1  # of a recording: 3 mel frames, 2 conv frames, 1 audio frame
 
 
 def mel_frame_count(num_samples: int) -> int:
@@ -66,8 +66,8 @@ def audio_frame_count(window: Tensor) -> int:
     return num_audio_frames
 
 
-# zero_padded does not pad a short clip all the way: the frames after its end are all the same, so
-# it computes one of them and repeats it.
+# Pads with zeros up to 30 s. For speed, from the third frame after the end on, which are all the
+# same, one frame is computed and repeated.
 @zero_padded(N_SAMPLES, HOP_LENGTH)
 def log_mel(window: Tensor) -> Tensor:
     """Whisper's log-mel spectrogram (128, 3000) of at most 30 s of samples (n,), zero-padded."""
@@ -84,8 +84,7 @@ def log_mel(window: Tensor) -> Tensor:
 def mel_filters() -> Tensor:
     """(128, 201): triangles from 0 to 8 kHz, evenly spaced in mel.
 
-    Slaney's normalization: each triangle has the area 1 over the frequency in Hz.
-    """
+    Slaney's normalization: the area under each triangle is 1, with the frequency in Hz."""
     edges = mel_edges()
     bins = torch.linspace(0, SAMPLE_RATE / 2, N_FFT // 2 + 1, dtype=torch.float64)  # in Hz
     left = edges[:-2, None]
@@ -265,8 +264,8 @@ class AudioFlamingo3Processor:
         """The tensors of one prompt or a list, each as a user turn, ready for the answer.
 
         audio: one recording for each prompt, 1-D at 16 kHz (array, tensor or list) or a file.
-        A prompt places each window of its recording by the placeholder <sound>; without any, all
-        come first. A prompt that starts with <|im_start|> is taken as a finished chat template.
+        In a prompt, each placeholder <sound> stands for one window of its recording; without any,
+        all come first. A prompt that starts with <|im_start|> is a finished chat template.
 
         Returns input_ids and attention_mask (B, T) int64; with audio also input_features
         (W, 128, 3000) float32 and feature_attention_mask (W, 3000) int64. Raises ValueError.
@@ -311,8 +310,8 @@ class AudioFlamingo3Processor:
                 turns.append((role, [*sounds, *texts]))
             prompts.append(self.lay_out(turns, add_generation_prompt))
         if not tokenize:
-            texts = [self.tokenizer.spell_out(pieces) for pieces in prompts]
-            return texts[0] if isinstance(conversations[0], dict) else texts
+            templates = [self.tokenizer.spell_out(pieces) for pieces in prompts]
+            return templates[0] if isinstance(conversations[0], dict) else templates
         batch = self.make_batch(prompts, recordings, **options)
         return batch if return_dict else batch["input_ids"]
 
@@ -332,11 +331,12 @@ class AudioFlamingo3Processor:
     def prompt_pieces(self, prompt: str, windows: tuple, number: int) -> list[str | int]:
         """Prompt `number` of a batch, with the <sound> ids of its windows."""
         is_template = prompt.startswith("<|im_start|>")
-        texts = [prompt]
-        if windows:
-            texts = prompt.split(self.audio_token)  # between the placeholders
-        if texts == [prompt] and not is_template:
-            texts = [""] * len(windows) + [prompt]  # no placeholder: the windows come first
+        if not windows:
+            texts = [prompt]  # <sound> is plain text
+        elif self.audio_token in prompt or is_template:
+            texts = prompt.split(self.audio_token)  # around the placeholders
+        else:
+            texts = [""] * len(windows) + [prompt]  # all windows come first
         num_placeholders = len(texts) - 1
         if num_placeholders != len(windows):
             raise ValueError(
@@ -357,7 +357,7 @@ class AudioFlamingo3Processor:
         return self.borders.around(ids)  # in Audio Flamingo 3, the same
 
     def lay_out(self, turns: list[tuple], add_generation_prompt: bool) -> list[str | int]:
-        """The chat template of turns (role, pieces). A system turn comes first, if there is none."""
+        """Turns (role, pieces) in the chat template, after the default system turn if needed."""
         if not turns or turns[0][0] != "system":
             turns = [("system", [self.system_message]), *turns]
         pieces = []
@@ -382,7 +382,7 @@ class AudioFlamingo3Processor:
         if recordings:
             windows = list(chain(*recordings))
             batch["input_features"], batch["feature_attention_mask"] = feature_batch(windows)
-            batch |= self.borders.window_index(recordings)
+            batch |= self.borders.window_index(recordings)  # nothing in Audio Flamingo 3
         if output_labels:
             audio_ids = torch.tensor([self.audio_token_id, *self.borders.ids])
             ignored = torch.isin(batch["input_ids"], audio_ids) | (batch["attention_mask"] == 0)

@@ -253,10 +253,12 @@ def load_model(args: argparse.Namespace) -> AudioFlamingo3ForConditionalGenerati
     hint = "use a smaller --dtype" if args.int4 else "use --int4 or --int8, or a smaller --dtype"
     with terminal.memory_hint(hint):
         model = load_changed_model(args)
-    if model.device.type == "cpu" and model.dtype == torch.bfloat16 and not args.tensor_parallel:
+    if model.device.type == "cpu" and not args.tensor_parallel:
         from extras.float32_matmul import use_float32_matmul
+        from extras.long_prompts import use_unmasked_attention
 
-        use_float32_matmul(model)  # only on a CPU without bfloat16 arithmetic
+        use_float32_matmul(model)  # only in bfloat16, on a CPU without bfloat16 arithmetic
+        use_unmasked_attention(model)
     use_one_thread_if_small(model)
     return model
 

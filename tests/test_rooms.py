@@ -27,7 +27,15 @@ EXTRAS_OF_THE_MODEL = {
 # The extras that use other extras.
 USES = {
     "command_line": {
-        *("answer_lines", "chat", "explain", "explain_page", "float32_matmul", "lora"),
+        *(
+            "answer_lines",
+            "chat",
+            "explain",
+            "explain_page",
+            "float32_matmul",
+            "long_prompts",
+            "lora",
+        ),
         *("alignment", "parallel", "quantize"),
     },
     "answer_lines": {"many_recordings", "parallel"},
