@@ -482,19 +482,19 @@ class AudioFlamingo3ForConditionalGeneration(PretrainedModel):
         """
         x = self.embed(input_ids, **audio)
 
-        # Move padding to the right, where causal attention never looks. On the left, a padding
-        # token has no key to attend to: its softmax is NaN, which spreads to real ones.
-        # Without padding, nothing moves.
+        # Move padding, if there is any, to the right, where causal attention never looks. On the
+        # left, it would have no key to attend to: softmax gives NaN, which spreads.
         to_right = attention_mask.argsort(dim=1, descending=True, stable=True)
         back = to_right.argsort(dim=1)  # the inverse permutation
-        x = x.take_along_dim(to_right[..., None], dim=1)
-        attention_mask = attention_mask.take_along_dim(to_right, dim=1)
+        rows = torch.arange(len(x), device=x.device)[:, None]
+        x = x[rows, to_right]
+        attention_mask = attention_mask[rows, to_right]
 
         states = []
         # To limit memory: 4096 tokens, then 1024 at a time; without a cache, all at once.
         for part, mask in split_prompt(x, attention_mask, cache):
             states.append(self.language_model.model(part, mask, cache))
-        return torch.cat(states, dim=1).take_along_dim(back[..., None], dim=1)
+        return torch.cat(states, dim=1)[rows, back]
 
     def decode_one_token(self, token_ids: Tensor, cache: KeyValueCache) -> Tensor:
         """Logits (B, V) after one more id in each row, (B,)."""

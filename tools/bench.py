@@ -17,6 +17,7 @@ same tensors, so a full-size model is in memory only once.
 """
 
 import argparse
+import math
 import multiprocessing
 import resource
 import statistics
@@ -34,6 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from af3 import AudioFlamingo3ForConditionalGeneration
 from extras.float32_matmul import use_float32_matmul
+from extras.long_prompts import use_unmasked_attention
 from extras.quantize import LAYERS, quantize
 from plumbing.devices import choose_device
 from plumbing.terminal import exit_with
@@ -223,7 +225,8 @@ def load_model(
     model = load(args.checkpoint, "cpu", args.dtype)
     if bits is not None:
         quantize(model, bits)
-    return use_float32_matmul(model.to(choose_device(args.device)))
+    model = use_float32_matmul(model.to(choose_device(args.device)))
+    return use_unmasked_attention(model)  # as generate.py does
 
 
 @torch.inference_mode()
@@ -262,7 +265,10 @@ def measure(args: argparse.Namespace, bits: int | None) -> tuple[list[str], torc
 
 
 def make_waveform(seconds: float) -> np.ndarray:
-    return sound(round(seconds * SAMPLE_RATE))
+    """Ten seconds, repeated: to compute half an hour would take more memory than the model."""
+    num_samples = round(seconds * SAMPLE_RATE)
+    ten_seconds = sound(min(num_samples, 10 * SAMPLE_RATE))
+    return np.tile(ten_seconds, math.ceil(seconds / 10))[:num_samples]
 
 
 def last_logits(ours: Ours, waveform: np.ndarray) -> torch.Tensor:

@@ -3,6 +3,7 @@
     hf download nvidia/audio-flamingo-3-hf --include "*.json" "*.jinja" --local-dir WORDS
     python tools/random_checkpoint.py WORDS FULL           16.5 GB in bfloat16
     python tools/random_checkpoint.py WORDS SMALL --small  0.25 GB in float32
+    python tools/random_checkpoint.py WORDS WIDE --layers 2   4 GB: as wide, but less deep
 
 WORDS is a checkpoint directory in the hub layout. Only its configuration and tokenizer are used.
 For an Audio Flamingo Next, download these files from nvidia/audio-flamingo-next-hf.
@@ -32,8 +33,8 @@ SMALL_TEXT = {"hidden_size": 192, "intermediate_size": 576, "num_key_value_heads
 SMALL_BOTH = {"num_hidden_layers": 4, "num_attention_heads": 6}
 
 
-def copy_words(source: Path, folder: Path, small: bool) -> None:
-    """Copies everything but the weights; with `small`, reduces the sizes in config.json."""
+def copy_words(source: Path, folder: Path, small: bool, layers: int | None = None) -> None:
+    """Copies everything but the weights; `small` and `layers` reduce the sizes in config.json."""
     folder.mkdir(parents=True)
     for path in [*source.glob("*.json"), *source.glob("*.jinja")]:
         if path.name != INDEX:
@@ -41,6 +42,9 @@ def copy_words(source: Path, folder: Path, small: bool) -> None:
     if small:
         change_section(folder / "config.json", "audio_config", **SMALL_AUDIO, **SMALL_BOTH)
         change_section(folder / "config.json", "text_config", **SMALL_TEXT, **SMALL_BOTH)
+    if layers is not None:
+        for section in ("audio_config", "text_config"):
+            change_section(folder / "config.json", section, num_hidden_layers=layers)
 
 
 def write_random_weights(folder: Path, dtype: torch.dtype, seed: int) -> None:
@@ -81,10 +85,11 @@ def main() -> None:
     parser.add_argument("words", type=Path, help="a directory with config.json and tokenizer")
     parser.add_argument("out", type=Path, help="a new directory")
     parser.add_argument("--small", action="store_true", help="4 + 4 layers of 192 channels")
+    parser.add_argument("--layers", type=int, help="layers of encoder and decoder")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     dtype = torch.float32 if args.small else torch.bfloat16
-    copy_words(args.words, args.out, args.small)
+    copy_words(args.words, args.out, args.small, args.layers)
     change_json(args.out / "config.json", dtype=str(dtype).removeprefix("torch."))
     write_random_weights(args.out, dtype, args.seed)
 
