@@ -17,8 +17,8 @@ Its parts come from models that you may know. What differs from each of them:
                       frames, from 20 ms each to 40 ms, and the last LayerNorm follows.
                       Whisper attends to padding; here it is masked.
     Qwen2-Audio       It has the same encoder and pool. Its projector is one linear layer,
-                      and it accepts one window of 30 s. Here the projector has two layers,
-                      and a recording has up to 20 windows, whose frames are joined.
+                      and a recording is one window of 30 s. Here it is two layers, and a
+                      recording has up to 20 windows, whose frames are joined.
     Qwen2.5-7B        The decoder is the same, with a few added tokens. One is <sound>: in
                       the prompt, each <sound> is replaced by one audio frame.
 
@@ -34,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# Checks, files, and what callers of transformers expect: not needed to understand the model.
 from plumbing.check_inputs import (
     check_finite,
     check_generation_options,
@@ -61,7 +62,7 @@ class AudioFlamingo3EncoderConfig:
 
 @dataclass
 class Qwen2Config:
-    vocab_size: int = 151672  # Qwen2's tokens and added ones, such as <sound>
+    vocab_size: int = 151672  # with added tokens, such as <sound>
     hidden_size: int = 3584  # channels of a token
     intermediate_size: int = 18944  # channels inside the feed-forward layers
     num_hidden_layers: int = 28
@@ -113,12 +114,13 @@ class AudioFlamingo3Attention(nn.Module):
         self.out_proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        # The queries are scaled, not the scores, as in training. For other head sizes than
-        # 64, the two round differently in bfloat16.
+        # The queries are scaled, not the scores, as in transformers. For the official head
+        # size, 64, it makes no difference: the factor is 1/8, which rounds nothing.
         q = self.q_proj(x) * self.head_dim**-0.5
         q = split_heads(q, self.head_dim)  # (W, heads, C, D)
         k = split_heads(self.k_proj(x), self.head_dim)
         v = split_heads(self.v_proj(x), self.head_dim)
+        # softmax(q @ k.transpose(-2, -1)) @ v, without the keys whose mask is False
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
@@ -130,8 +132,7 @@ class AudioFlamingo3EncoderLayer(nn.Module):
         self.self_attn_layer_norm = nn.LayerNorm(config.hidden_size)
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-        # Comes before fc1. The name is the checkpoint's.
-        self.final_layer_norm = nn.LayerNorm(config.hidden_size)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size)  # comes before fc1
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         x = x + self.self_attn(self.self_attn_layer_norm(x), mask)
@@ -142,9 +143,8 @@ class AudioFlamingo3EncoderLayer(nn.Module):
 class AudioFlamingo3Encoder(nn.Module):
     def __init__(self, config: AudioFlamingo3EncoderConfig):
         super().__init__()
-        mel_bins = config.num_mel_bins
         hidden_size = config.hidden_size
-        self.conv1 = nn.Conv1d(mel_bins, hidden_size, kernel_size=3, padding=1)
+        self.conv1 = nn.Conv1d(config.num_mel_bins, hidden_size, kernel_size=3, padding=1)
         self.conv2 = nn.Conv1d(hidden_size, hidden_size, kernel_size=3, stride=2, padding=1)
         # Whisper's sinusoids, read from the checkpoint.
         self.embed_positions = nn.Embedding(config.max_source_positions, hidden_size)
@@ -156,14 +156,14 @@ class AudioFlamingo3Encoder(nn.Module):
     def forward(self, input_features: Tensor, feature_attention_mask: Tensor) -> Tensor:
         """Audio frames (W, A, H); A is that of the longest window.
 
-        input_features: (W, mel bins, mel frames), any float dtype.
+        input_features: (W, mel bins, mel frames), any dtype.
         feature_attention_mask: (W, mel frames), 1 on real mel frames, then 0.
         """
         num_conv_frames, _ = frame_counts(feature_attention_mask.sum(-1))  # (W,)
         longest = int(num_conv_frames.max())
 
-        # Whisper always encodes 3000 mel frames. Stopping at the last real conv frame makes a
-        # 5 s clip 7 to 10 times as fast. The result is the same: the rest is masked.
+        # Whisper always encodes 3000 mel frames. Stopping at the last real conv frame makes
+        # this 7 to 10 times as fast for a 5 s clip. The rest would be masked anyway.
         # Conv frame c depends on mel frames 2c - 2 to 2c + 2.
         last_mel_frame = 2 * (longest - 1) + 2
         x = input_features[:, :, : last_mel_frame + 1].to(self.conv1.weight.dtype)
@@ -178,7 +178,7 @@ class AudioFlamingo3Encoder(nn.Module):
         for layer in self.layers:
             x = layer(x, mask)
 
-        # An odd last conv frame was a key in attention, but has no partner in the pool.
+        # An odd last conv frame was a key in attention, but the pool drops it.
         pairs = x[:, : longest // 2 * 2].unflatten(1, (-1, 2))  # (W, A, 2, H)
         return self.layer_norm(pairs.mean(2))
 
@@ -217,9 +217,9 @@ def splice(x: Tensor, is_sound: Tensor, audio_frames: Tensor | None) -> Tensor:
 class KeyValueCache:
     """The keys and values of all tokens read so far, in every layer, for `capacity` tokens.
 
-    It belongs to one call of `generate`, or to one conversation. If prompts differ in length,
-    the shorter ones are padded on the right; see `prefill`. The padding stays in the cache,
-    before the answer, and `is_real` is False there, so that no token attends to it.
+    They never change, as no token sees a later one. A cache belongs to one call of
+    `generate`, or to one conversation. Shorter prompts are padded on the right; see
+    `prefill`. On this padding, `is_real` is False: no token attends to it.
     """
 
     def __init__(self, config: Qwen2Config, rows: int, capacity: int, dtype, device):
@@ -231,11 +231,11 @@ class KeyValueCache:
         self.capacity = capacity
         self.length = 0  # tokens so far, padding included
 
-    def extend(self, attention_mask: Tensor) -> Tensor:
-        """Makes room for T tokens. Returns which of all tokens are real, (B, length)."""
+    def extend(self, is_real: Tensor) -> Tensor:
+        """Adds T tokens, is_real (B, T). Returns which of all are real, (B, length)."""
         start = self.length
-        self.length += attention_mask.shape[1]
-        self.is_real[:, start : self.length] = attention_mask
+        self.length += is_real.shape[1]
+        self.is_real[:, start : self.length] = is_real
         return self.is_real[:, : self.length]
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -258,10 +258,20 @@ def rotary_tables(positions: Tensor, head_dim: int, base: float, dtype: torch.dt
 def rotate_half(x: Tensor) -> Tensor:
     """(a, b) -> (-b, a), where a and b are the two halves of the channels.
 
-    So x * cos + rotate_half(x) * sin rotates each pair of channels (i, i + D / 2).
+    So x * cos + rotate_half(x) * sin rotates channel pairs (i, i + D / 2).
     """
     first, second = x.chunk(2, dim=-1)
     return torch.cat([-second, first], dim=-1)
+
+
+def causal_mask(is_real: Tensor, tokens: int) -> Tensor:
+    """(B, 1, T, length): whether one of the last T tokens may attend to one of all tokens.
+
+    is_real (B, length): False on padding.
+    """
+    keys = torch.arange(is_real.shape[1], device=is_real.device)  # positions
+    queries = keys[-tokens:, None]
+    return (is_real[:, None] & (keys <= queries))[:, None]
 
 
 class Qwen2RMSNorm(nn.Module):
@@ -290,6 +300,7 @@ class Qwen2Attention(nn.Module):
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
 
     def forward(self, x, cos, sin, mask, cache):
+        """x (B, T, H). cos, sin: see `rotary_tables`. mask: see `causal_mask`."""
         q = split_heads(self.q_proj(x), self.head_dim)  # (B, query heads, T, D)
         k = split_heads(self.k_proj(x), self.head_dim)  # (B, key-value heads, T, D)
         v = split_heads(self.v_proj(x), self.head_dim)
@@ -309,16 +320,16 @@ class Qwen2Attention(nn.Module):
 
 
 def attend_one_token(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of one query per head to all keys, without copying keys and values.
+    """Attention of one query per head to all keys, which are read only once.
 
-    With enable_gqa=True, PyTorch copies each key-value head for all query heads that
-    share it. Here 28 heads with one query, (B, 28, 1, D), are viewed as 4 heads with 7
-    queries, (B, 4, 7, D). After ten minutes of audio, a token takes half the time.
+    28 heads with one query, (B, 28, 1, D), are viewed as 4 heads with 7 queries,
+    (B, 4, 7, D). enable_gqa=True would read or even copy each key and value 7 times.
+    After ten minutes of audio, attention on a CPU takes a third of the time.
     """
     batch, query_heads, _, head_dim = q.shape
     grouped = q.view(batch, k.shape[1], -1, head_dim)  # (B, key-value heads, queries, D)
     x = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask)
-    return x.view(batch, query_heads, 1, head_dim)
+    return x.reshape(batch, query_heads, 1, head_dim)
 
 
 class Qwen2MLP(nn.Module):
@@ -356,35 +367,24 @@ class Qwen2Model(nn.Module):
         )
         self.norm = Qwen2RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, attention_mask, cache: KeyValueCache | None) -> Tensor:
-        """Hidden states (B, T, H) of embeddings x (B, T, H) that follow those in the cache.
+    def forward(self, x: Tensor, is_real: Tensor, cache: KeyValueCache | None) -> Tensor:
+        """Hidden states (B, T, H) of embeddings x that follow those in the cache.
 
-        attention_mask: (B, T), False on padding, which must be on the right of x.
+        is_real: (B, T), False on padding, which must be on the right of x.
         """
         tokens = x.shape[1]
         past = 0 if cache is None else cache.length
         positions = torch.arange(tokens, device=x.device)[None]  # (1, T)
-        mask = None  # plain causal attention: real tokens do not see padding on the right
+        mask = None  # plain causal attention: padding is on the right, so not seen
         if cache is not None:
-            is_real = cache.extend(attention_mask)  # (B, past + T)
+            all_real = cache.extend(is_real)  # (B, past + T)
         if past > 0:  # the answer, a later turn, or a later part of a long prompt
-            positions = is_real[:, :past].sum(-1, keepdim=True) + positions  # (B, T)
-            mask = causal_mask(is_real, tokens)
-
+            positions = all_real[:, :past].sum(-1, keepdim=True) + positions  # (B, T)
+            mask = causal_mask(all_real, tokens)
         cos, sin = rotary_tables(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
         for layer in self.layers:
             x = layer(x, cos, sin, mask, cache)
         return self.norm(x)
-
-
-def causal_mask(is_real: Tensor, tokens: int) -> Tensor:
-    """(B, 1, T, length): whether one of the last T tokens may attend to one of all tokens.
-
-    is_real (B, length): False on padding.
-    """
-    key_positions = torch.arange(is_real.shape[1], device=is_real.device)
-    query_positions = key_positions[-tokens:, None]
-    return (is_real[:, None] & (key_positions <= query_positions))[:, None]
 
 
 class Qwen2ForCausalLM(nn.Module):
@@ -423,7 +423,7 @@ def next_token(logits: Tensor, options: GenerationConfig) -> Tensor:
         probabilities[:, options.top_k :] = 0
     if options.top_p is not None:
         # Keep the fewest ids whose probabilities sum to top_p: drop an id if the likelier
-        # ones reach that sum already. What top-k has dropped does not count.
+        # ones reach that sum already. What top-k has dropped is not in the sum.
         probabilities /= probabilities.sum(-1, keepdim=True)
         of_likelier_ids = probabilities.cumsum(-1) - probabilities
         probabilities[of_likelier_ids >= options.top_p] = 0
@@ -441,7 +441,7 @@ def penalize_repetition(logits: Tensor, seen_ids: Tensor, penalty: float) -> Ten
 # ---- Whole model ----
 class AudioFlamingo3ForConditionalGeneration(PretrainedModel):
     def __init__(self, config: AudioFlamingo3Config):
-        from extras.music_flamingo import rotary_time_embedding
+        from extras.music_flamingo import rotary_time_embedding  # only the siblings need it
 
         super().__init__()
         self.config = config
@@ -482,25 +482,24 @@ class AudioFlamingo3ForConditionalGeneration(PretrainedModel):
         """
         x = self.embed(input_ids, **audio)
 
-        # Move padding, if there is any, to the right, where causal attention never looks. On the
-        # left, it would have no key to attend to: softmax gives NaN, which spreads.
+        # Move padding to the right, where causal attention never looks. On the left, it
+        # would need a mask of T x T. Without padding, nothing moves.
         to_right = attention_mask.argsort(dim=1, descending=True, stable=True)
         back = to_right.argsort(dim=1)  # the inverse permutation
         rows = torch.arange(len(x), device=x.device)[:, None]
         x = x[rows, to_right]
         attention_mask = attention_mask[rows, to_right]
 
-        states = []
         # To limit memory: 4096 tokens, then 1024 at a time; without a cache, all at once.
-        for part, mask in split_prompt(x, attention_mask, cache):
-            states.append(self.language_model.model(part, mask, cache))
+        states = []
+        for part, is_real in split_prompt(x, attention_mask, cache):
+            states.append(self.language_model.model(part, is_real, cache))
         return torch.cat(states, dim=1)[rows, back]
 
     def decode_one_token(self, token_ids: Tensor, cache: KeyValueCache) -> Tensor:
         """Logits (B, V) after one more id in each row, (B,)."""
-        token_ids = token_ids[:, None]
-        is_real = torch.ones_like(token_ids, dtype=torch.bool)
-        x = self.language_model.model.embed_tokens(token_ids)
+        x = self.language_model.model.embed_tokens(token_ids[:, None])
+        is_real = torch.ones_like(token_ids[:, None], dtype=torch.bool)
         x = self.language_model.model(x, is_real, cache)
         return self.language_model.lm_head(x[:, 0])
 
@@ -509,7 +508,7 @@ class AudioFlamingo3ForConditionalGeneration(PretrainedModel):
 
         input_ids, attention_mask: (B, T), padded on either side.
         audio: the windows of all rows, in order; see `get_audio_features`.
-        loss: mean cross-entropy of the next tokens whose label is not -100, in float32.
+        loss: mean cross-entropy of the labels that are not -100, in float32.
         """
         attention_mask, audio = normalize_inputs(input_ids, attention_mask, audio)
         x = self.prefill(input_ids, attention_mask, **audio)
@@ -517,7 +516,7 @@ class AudioFlamingo3ForConditionalGeneration(PretrainedModel):
         loss = None
         if labels is not None:
             predictions = logits[:, :-1].float().flatten(0, 1)
-            # Ignore what follows padding: the target there is the first real token.
+            # Ignore what follows padding: there, the target is the first real token.
             targets = labels[:, 1:].masked_fill(~attention_mask[:, :-1], -100).flatten()
             loss = F.cross_entropy(predictions, targets, ignore_index=-100)
         return CausalOutput(logits, loss)
@@ -528,8 +527,8 @@ class AudioFlamingo3ForConditionalGeneration(PretrainedModel):
     ) -> Iterator[Tensor]:
         """The new ids (B,) of each step, as soon as they are known.
 
-        Options are the fields of `GenerationConfig`; the others are the checkpoint's.
-        A conversation continues with its `cache` and `past_ids` (B, P), the ids in it.
+        Options are the fields of `GenerationConfig`; those not given are the checkpoint's.
+        A conversation continues with its `cache` and the `past_ids` (B, P) in it.
         """
         audio, options = separate_options(audio_and_options, self.generation_config)
         attention_mask, audio = normalize_inputs(input_ids, attention_mask, audio)
@@ -538,6 +537,7 @@ class AudioFlamingo3ForConditionalGeneration(PretrainedModel):
         if cache is None:
             cache = self.new_cache(rows, tokens + options.max_new_tokens)
 
+        # Prefill: the last real token of each row predicts the first new one.
         x = self.prefill(input_ids, attention_mask, cache, **audio)
         # argmax: the first position where the count of real tokens is complete.
         last = attention_mask.cumsum(1).argmax(1, keepdim=True)  # (B, 1)
@@ -545,12 +545,13 @@ class AudioFlamingo3ForConditionalGeneration(PretrainedModel):
         logits = self.language_model.lm_head(x)  # (B, V)
         check_finite(logits, self)
 
-        # For the repetition penalty: the row's own ids, with its last one for padding.
+        # For the repetition penalty: a row's ids, with the last one for padding.
         seen_ids = input_ids.where(attention_mask, input_ids.gather(1, last))
         if past_ids is not None:
             seen_ids = torch.cat([past_ids, seen_ids], dim=1)
         end_ids = torch.tensor(options.eos_token_id, dtype=torch.long, device=x.device)
         ended = torch.zeros(rows, dtype=torch.bool, device=x.device)
+        # Decode: choose an id, yield it, and read it, which gives the next logits.
         for step in range(1, options.max_new_tokens + 1):
             logits = logits.float()
             if options.repetition_penalty != 1:
@@ -565,7 +566,7 @@ class AudioFlamingo3ForConditionalGeneration(PretrainedModel):
             logits = self.decode_one_token(token_ids, cache)
 
     def generate(self, input_ids, attention_mask=None, **others) -> Tensor:
-        """(B, T + new) ids: the prompt, then the new ones. For the arguments see `stream`."""
+        """(B, T + new) ids: the prompt, then the new ones. Arguments: see `stream`."""
         new_ids = list(self.stream(input_ids, attention_mask, **others))
         return torch.cat([input_ids, torch.stack(new_ids, dim=1)], dim=1)
 
@@ -576,11 +577,10 @@ class AudioFlamingo3ForConditionalGeneration(PretrainedModel):
     @classmethod
     @as_in_transformers
     def from_pretrained(cls, path, device_map="auto", dtype="auto"):
-        """The model of a checkpoint directory or hub name, in either layout.
+        """The model of a checkpoint directory or a hub name.
 
         device_map: "auto" (CUDA, else MPS, else CPU) or a device.
         dtype: "auto" (the checkpoint's), a torch.dtype or its name.
-        Raises FileNotFoundError or ValueError, which names file, field or tensor.
         """
         import load_weights  # a model can be built without a checkpoint
 
