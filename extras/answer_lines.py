@@ -31,7 +31,9 @@ def answer_many(args: Namespace, load_model: Callable) -> int:
 
     args: the command line. load_model: loads the model that args ask for.
     """
-    batch_size = 8 if args.batch_size is None else args.batch_size
+    batch_size = args.batch_size
+    if batch_size is None:
+        batch_size = 8
     if batch_size < 1:
         raise ValueError(f"--batch-size is {batch_size}; at least 1 is expected.")
     processor = AudioFlamingo3Processor.from_pretrained(args.model)

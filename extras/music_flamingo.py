@@ -27,7 +27,7 @@ def is_music_flamingo(config: dict) -> bool:
 class RotaryTimeConfig:
     """From the top level of config.json, whose names these are."""
 
-    rope_theta: float = 1200.0  # base of the frequencies; also the positions in a full turn
+    rope_theta: float = 1200.0  # base of the frequencies, and positions in a full turn
     partial_rotary_factor: float = 0.2  # 256 angles for 1280 channels; each rotates two channels
     audio_frame_step: float = 0.01  # seconds from one mel frame to the next
 

@@ -23,7 +23,9 @@ def split_words(
     if not others:
         return recordings, None
     if not recordings and not may_be_prompt:
-        remedy = " A prompt comes after its recording." if " " in others[0] else ""
+        remedy = ""
+        if " " in others[0]:
+            remedy = " A prompt comes after its recording."
         name = others[0] or "''"
         raise FileNotFoundError(f"{name}: no such file; a sound file is expected.{remedy}")
     if len(others) > 1:
@@ -50,7 +52,9 @@ def check_is_no_missing_file(word: str, suffixes: Collection[str]) -> None:
     if re.match("[\u2013\u2014]", word):
         raise ValueError(f"{word}: begins with a dash; an option begins with two hyphens, --.")
     if Path(word).suffix.lower() in suffixes:
-        remedy = " If it is the prompt, end it with a question mark." if " " in word else ""
+        remedy = ""
+        if " " in word:
+            remedy = " If it is the prompt, end it with a question mark."
         raise FileNotFoundError(f"{word}: no such file; a sound file is expected.{remedy}")
     if re.fullmatch(r"\S*/\S*|\S+\.\w{2,4}", word):
         raise FileNotFoundError(

@@ -10,7 +10,9 @@ def num_processes() -> int:
 
 def process_number() -> int:
     """Returns the rank of this process, starting at 0."""
-    return int(os.environ["RANK"]) if num_processes() > 1 else 0
+    if num_processes() == 1:
+        return 0
+    return int(os.environ["RANK"])
 
 
 def is_first_process() -> bool:

@@ -7,12 +7,14 @@ LATER_PART = 1024  # tokens after those; they need a mask of T x all tokens so f
 
 
 def split_prompt(x: Tensor, attention_mask: Tensor, cache) -> list[tuple[Tensor, Tensor]]:
-    """Embeddings (B, T, H) and their mask (B, T), in parts that the decoder reads in turn.
+    """Embeddings x (B, T, H) and their mask (B, T), in parts for the decoder.
 
     Without a cache, which would connect the parts, there is only one.
     """
     if cache is None:
         return [(x, attention_mask)]
-    first_part = FIRST_PART if cache.length == 0 else LATER_PART
+    first_part = LATER_PART
+    if cache.length == 0:
+        first_part = FIRST_PART
     cuts = list(range(first_part, x.shape[1], LATER_PART))
     return list(zip(x.tensor_split(cuts, dim=1), attention_mask.tensor_split(cuts, dim=1)))

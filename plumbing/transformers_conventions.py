@@ -83,7 +83,10 @@ class Batch(dict):
         """The tensors on `device`; `dtype` is for floats only, ids and masks stay integers."""
         moved = Batch()
         for name, tensor in self.items():
-            moved[name] = tensor.to(device, dtype if tensor.is_floating_point() else None)
+            if tensor.is_floating_point():
+                moved[name] = tensor.to(device, dtype)
+            else:
+                moved[name] = tensor.to(device)
         return moved
 
 
@@ -114,8 +117,12 @@ def pair_texts_and_audios(text: str | list[str], audio) -> list[tuple]:
 
     text, audio: one or a list.
     """
-    texts = [text] if isinstance(text, str) else list(text)
-    audios = [None] * len(texts) if audio is None else list_of_audios(audio)
+    texts = list(text)
+    if isinstance(text, str):
+        texts = [text]
+    audios = [None] * len(texts)
+    if audio is not None:
+        audios = list_of_audios(audio)
     if len(texts) != len(audios):
         raise ValueError(f"Got {len(texts)} texts but {len(audios)} audios; they must match 1:1.")
     if not texts:
@@ -128,13 +135,16 @@ def list_of_audios(audio) -> list:
     is_single = isinstance(audio, (str, Path, np.ndarray, Tensor))
     if not is_single:
         is_single = len(audio) == 0 or isinstance(audio[0], (int, float, np.number))
-    return [audio] if is_single else list(audio)
+    if is_single:
+        return [audio]
+    return list(audio)
 
 
 def list_of_conversations(conversations: list) -> list[list[dict]]:
     """A list of conversations, of one or a list of them."""
-    is_single = bool(conversations) and isinstance(conversations[0], dict)
-    return [conversations] if is_single else conversations
+    if conversations and isinstance(conversations[0], dict):
+        return [conversations]
+    return conversations
 
 
 def read_messages(messages: list[dict]) -> list[tuple[str, list[str], list]]:
@@ -168,7 +178,9 @@ def split_content(message: dict) -> tuple[list[str], list]:
     texts = []
     audios = []
     for part in message["content"]:
-        fields = part if isinstance(part, dict) else {}
+        fields = part
+        if not isinstance(part, dict):
+            fields = {}
         if fields.get("type") == "audio" or "audio" in fields:
             audios.append(fields.get("path") or fields.get("audio"))
         elif isinstance(fields.get("text"), str):
