@@ -253,6 +253,9 @@ def load_model(args: argparse.Namespace) -> AudioFlamingo3ForConditionalGenerati
     hint = "use a smaller --dtype" if args.int4 else "use --int4 or --int8, or a smaller --dtype"
     with terminal.memory_hint(hint):
         model = load_changed_model(args)
+    from extras.short_windows import encode_short_windows_apart
+
+    encode_short_windows_apart(model)
     if model.device.type == "cpu" and not args.tensor_parallel:
         from extras.float32_matmul import use_float32_matmul
         from extras.long_prompts import use_unmasked_attention

@@ -36,7 +36,7 @@ USES = {
             "long_prompts",
             "lora",
         ),
-        *("alignment", "parallel", "quantize"),
+        *("alignment", "parallel", "quantize", "short_windows"),
     },
     "answer_lines": {"many_recordings", "parallel"},
     "chat": {"many_recordings"},

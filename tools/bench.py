@@ -37,6 +37,7 @@ from af3 import AudioFlamingo3ForConditionalGeneration
 from extras.float32_matmul import use_float32_matmul
 from extras.long_prompts import use_unmasked_attention
 from extras.quantize import LAYERS, quantize
+from extras.short_windows import encode_short_windows_apart
 from plumbing.devices import choose_device
 from plumbing.terminal import exit_with
 from processor import SAMPLE_RATE, AudioFlamingo3Processor
@@ -226,7 +227,7 @@ def load_model(
     if bits is not None:
         quantize(model, bits)
     model = use_float32_matmul(model.to(choose_device(args.device)))
-    return use_unmasked_attention(model)  # as generate.py does
+    return use_unmasked_attention(encode_short_windows_apart(model))  # as generate.py does
 
 
 @torch.inference_mode()
