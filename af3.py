@@ -24,7 +24,7 @@ Its parts come from models that you may know. What differs from each of them:
 
 Letters in shapes: B rows of a batch, T tokens, W windows, C conv frames, A audio frames of
 a window, N audio frames of all windows, H hidden size, D head size, V vocabulary size.
-Modules have the names of the tensors in nvidia/audio-flamingo-3-hf.
+Modules are named as the tensors in nvidia/audio-flamingo-3-hf.
 """
 
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Checks, files, and what callers of transformers expect: not needed to understand the model.
+# Checks, files, and what callers of transformers expect; not part of the model.
 from plumbing.check_inputs import (
     check_finite,
     check_generation_options,
@@ -86,13 +86,16 @@ class AudioFlamingo3Config:
 
 
 # ---- Frame counts ----
+POOL_SIZE = 2  # conv frames in an audio frame
+
+
 def frame_counts(mel_frames):
     """How many conv frames and audio frames a window with so many real mel frames has.
 
     Takes and returns ints or integer tensors. A full window: 3000 -> (1500, 750).
     """
     num_conv_frames = (mel_frames + 1) // 2  # conv2, stride 2: rounds up
-    num_audio_frames = num_conv_frames // 2  # average pool of pairs: rounds down
+    num_audio_frames = num_conv_frames // POOL_SIZE  # average pool: rounds down
     return num_conv_frames, num_audio_frames
 
 
@@ -179,7 +182,8 @@ class AudioFlamingo3Encoder(nn.Module):
             x = layer(x, mask)
 
         # An odd last conv frame was a key in attention, but the pool drops it.
-        pairs = x[:, : longest // 2 * 2].unflatten(1, (-1, 2))  # (W, A, 2, H)
+        x = x[:, : longest // POOL_SIZE * POOL_SIZE]
+        pairs = x.unflatten(1, (-1, POOL_SIZE))  # (W, A, 2, H)
         return self.layer_norm(pairs.mean(2))
 
 
@@ -199,7 +203,7 @@ class AudioFlamingo3MultiModalProjector(nn.Module):
 def splice(x: Tensor, is_sound: Tensor, audio_frames: Tensor | None) -> Tensor:
     """Embeddings x (B, T, H), with the next audio frame wherever is_sound (B, T) is True.
 
-    audio_frames: (N, H), in order, row after row. The length T stays the same.
+    audio_frames: (N, H), row after row. The length T stays the same.
     """
     num_tokens = int(is_sound.sum())
     num_frames = 0 if audio_frames is None else len(audio_frames)
@@ -232,7 +236,7 @@ class KeyValueCache:
         self.length = 0  # tokens so far, padding included
 
     def extend(self, is_real: Tensor) -> Tensor:
-        """Adds T tokens, is_real (B, T). Returns which of all are real, (B, length)."""
+        """Adds T tokens, is_real (B, T). Returns which are real of all, (B, length)."""
         start = self.length
         self.length += is_real.shape[1]
         self.is_real[:, start : self.length] = is_real
@@ -269,9 +273,8 @@ def causal_mask(is_real: Tensor, tokens: int) -> Tensor:
 
     is_real (B, length): False on padding.
     """
-    keys = torch.arange(is_real.shape[1], device=is_real.device)  # positions
-    queries = keys[-tokens:, None]
-    return (is_real[:, None] & (keys <= queries))[:, None]
+    places = torch.arange(is_real.shape[1], device=is_real.device)  # in the cache
+    return (is_real[:, None] & (places <= places[-tokens:, None]))[:, None]
 
 
 class Qwen2RMSNorm(nn.Module):
@@ -311,7 +314,7 @@ class Qwen2Attention(nn.Module):
         x = self.attend(q, k, v, mask)
         return self.o_proj(x.transpose(1, 2).flatten(2))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def attend(self, q, k, v, mask):  # extras/long_prompts.py has a faster one
         if q.shape[2] == 1:
             return attend_one_token(q, k, v, mask)
         return F.scaled_dot_product_attention(
@@ -380,7 +383,8 @@ class Qwen2Model(nn.Module):
             all_real = cache.extend(is_real)  # (B, past + T)
         if past > 0:  # the answer, a later turn, or a later part of a long prompt
             positions = all_real[:, :past].sum(-1, keepdim=True) + positions  # (B, T)
-            mask = causal_mask(all_real, tokens)
+            if tokens > 1 or not all_real.all():  # else the one token sees everything
+                mask = causal_mask(all_real, tokens)
         cos, sin = rotary_tables(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
         for layer in self.layers:
             x = layer(x, cos, sin, mask, cache)
@@ -504,7 +508,7 @@ class AudioFlamingo3ForConditionalGeneration(PretrainedModel):
         return self.language_model.lm_head(x[:, 0])
 
     def forward(self, input_ids, attention_mask=None, labels=None, **audio) -> CausalOutput:
-        """Logits, and the loss if there are labels (B, T). Takes the processor's tensors.
+        """Logits, and the loss if there are labels (B, T).
 
         input_ids, attention_mask: (B, T), padded on either side.
         audio: the windows of all rows, in order; see `get_audio_features`.
@@ -516,7 +520,7 @@ class AudioFlamingo3ForConditionalGeneration(PretrainedModel):
         loss = None
         if labels is not None:
             predictions = logits[:, :-1].float().flatten(0, 1)
-            # Ignore what follows padding: there, the target is the first real token.
+            # Padding need not predict the first real token.
             targets = labels[:, 1:].masked_fill(~attention_mask[:, :-1], -100).flatten()
             loss = F.cross_entropy(predictions, targets, ignore_index=-100)
         return CausalOutput(logits, loss)
@@ -533,14 +537,12 @@ class AudioFlamingo3ForConditionalGeneration(PretrainedModel):
         audio, options = separate_options(audio_and_options, self.generation_config)
         attention_mask, audio = normalize_inputs(input_ids, attention_mask, audio)
         check_room(input_ids, options.max_new_tokens, self.config.text_config, cache)
-        rows, tokens = input_ids.shape
         if cache is None:
-            cache = self.new_cache(rows, tokens + options.max_new_tokens)
+            cache = self.new_cache(len(input_ids), input_ids.shape[1] + options.max_new_tokens)
 
         # Prefill: the last real token of each row predicts the first new one.
         x = self.prefill(input_ids, attention_mask, cache, **audio)
-        # argmax: the first position where the count of real tokens is complete.
-        last = attention_mask.cumsum(1).argmax(1, keepdim=True)  # (B, 1)
+        last = attention_mask.cumsum(1).argmax(1, keepdim=True)  # (B, 1): where the count ends
         x = x.take_along_dim(last[..., None], dim=1)[:, 0]  # (B, H)
         logits = self.language_model.lm_head(x)  # (B, V)
         check_finite(logits, self)
@@ -550,8 +552,8 @@ class AudioFlamingo3ForConditionalGeneration(PretrainedModel):
         if past_ids is not None:
             seen_ids = torch.cat([past_ids, seen_ids], dim=1)
         end_ids = torch.tensor(options.eos_token_id, dtype=torch.long, device=x.device)
-        ended = torch.zeros(rows, dtype=torch.bool, device=x.device)
-        # Decode: choose an id, yield it, and read it, which gives the next logits.
+        ended = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        # Decode: choose an id, yield it, and read it for the next logits.
         for step in range(1, options.max_new_tokens + 1):
             logits = logits.float()
             if options.repetition_penalty != 1:
@@ -571,7 +573,6 @@ class AudioFlamingo3ForConditionalGeneration(PretrainedModel):
         return torch.cat([input_ids, torch.stack(new_ids, dim=1)], dim=1)
 
     def new_cache(self, rows: int, capacity: int) -> KeyValueCache:
-        """An empty cache for `capacity` tokens in each row."""
         return KeyValueCache(self.config.text_config, rows, capacity, self.dtype, self.device)
 
     @classmethod
@@ -593,8 +594,7 @@ class AudioFlamingo3ForConditionalGeneration(PretrainedModel):
         model.generation_config = options
         with errors_naming(folder):
             model.load_state_dict(dict(load_weights.read_tensors(folder)), assign=True)
-        model.to(device, choose_dtype(dtype, model.dtype))
-        return model.requires_grad_(False).eval()
+        return model.to(device, choose_dtype(dtype, model.dtype)).requires_grad_(False).eval()
 
 
 MusicFlamingoForConditionalGeneration = AudioFlamingo3ForConditionalGeneration  # its siblings

@@ -52,7 +52,8 @@ HOP_LENGTH = 160  # samples from one mel frame to the next: 10 ms
 N_FFT = 400  # samples that a mel frame sees: 25 ms
 N_MELS = 128
 N_MEL_FRAMES = N_SAMPLES // HOP_LENGTH  # 3000 mel frames in a window
-MIN_SAMPLES = 2 * HOP_LENGTH + 1  # of a recording: 3 mel frames, 2 conv frames, 1 audio frame
+MIN_MEL_FRAMES = next(n for n in range(N_MEL_FRAMES) if frame_counts(n)[1] > 0)  # 3
+MIN_SAMPLES = (MIN_MEL_FRAMES - 1) * HOP_LENGTH + 1  # 321 samples have an audio frame
 
 
 def mel_frame_count(num_samples: int) -> int:
@@ -368,10 +369,7 @@ class AudioFlamingo3Processor:
         return pieces
 
     def make_batch(self, prompts, recordings, padding_side="left", output_labels=False) -> Batch:
-        """The tensors of prompts, each in pieces, and of recordings, each in windows.
-
-        The padding is on the left as in the published examples; the model accepts either side.
-        """
+        """The tensors of prompts, each in pieces, and of recordings, each in windows."""
         sequences = [torch.tensor(self.tokenizer.encode_pieces(pieces)) for pieces in prompts]
         real = [torch.ones_like(sequence) for sequence in sequences]
         padding = {"batch_first": True, "padding_side": padding_side}

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from af3 import (
+    POOL_SIZE,
     AudioFlamingo3ForConditionalGeneration,
     Qwen2Attention,
     frame_counts,
@@ -34,7 +35,8 @@ from plumbing import terminal
 from plumbing.transformers_conventions import Batch
 from processor import HOP_LENGTH, SAMPLE_RATE, AudioFlamingo3Processor
 
-FRAME_SECONDS = 4 * HOP_LENGTH / SAMPLE_RATE  # an audio frame is four mel frames: 40 ms
+FRAME_MELS = 2 * POOL_SIZE  # mel frames in an audio frame: conv2 halves them, then the pool
+FRAME_SECONDS = FRAME_MELS * HOP_LENGTH / SAMPLE_RATE  # an audio frame is four mel frames: 40 ms
 KEPT_HEADS = 16  # heads whose attention is kept; an official checkpoint has 784
 NUM_CANDIDATES = 5  # for each token
 FOLLOWS = 0.5  # the best head's minimum score in an answer that follows the sound word by word
@@ -361,8 +363,8 @@ def loudness(input_features: Tensor, feature_attention_mask: Tensor) -> Tensor:
     _, audio_frames = frame_counts(feature_attention_mask.sum(1))
     decibels = []
     for window, frames in zip(input_features, audio_frames.tolist()):
-        log = 4 * window[:, : 4 * frames].float() - 4  # undoes the last step of `log_mel`
+        log = 4 * window[:, : FRAME_MELS * frames].float() - 4  # undoes the last step of `log_mel`
         power = 10**log
-        power = power.sum(0).unflatten(0, (frames, 4)).mean(1)
+        power = power.sum(0).unflatten(0, (frames, FRAME_MELS)).mean(1)
         decibels.append(10 * power.log10())
     return torch.cat(decibels).cpu()
