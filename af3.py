@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Checks, files, and what callers of transformers expect; not part of the model.
+# Checks, files, conventions of transformers: not part of the model.
 from plumbing.check_inputs import (
     check_finite,
     check_generation_options,
