@@ -39,7 +39,7 @@ from plumbing.check_inputs import (
     check_finite,
     check_generation_options,
     check_room,
-    normalize_inputs,
+    prepare_inputs,
     separate_options,
 )
 from plumbing.devices import choose_device, choose_dtype, shapes_without_memory
@@ -166,7 +166,7 @@ class AudioFlamingo3Encoder(nn.Module):
         longest = int(num_conv_frames.max())
 
         # Whisper always encodes 3000 mel frames. Stopping at the last real conv frame makes
-        # this 7 to 10 times as fast for a 5 s clip. The rest would be masked anyway.
+        # this 7 to 10 times as fast for a 5 s clip. The rest would be masked.
         # Conv frame c depends on mel frames 2c - 2 to 2c + 2.
         last_mel_frame = 2 * (longest - 1) + 2
         x = input_features[:, :, : last_mel_frame + 1].to(self.conv1.weight.dtype)
@@ -274,7 +274,8 @@ def causal_mask(is_real: Tensor, tokens: int) -> Tensor:
     is_real (B, length): False on padding.
     """
     places = torch.arange(is_real.shape[1], device=is_real.device)  # in the cache
-    return (is_real[:, None] & (places <= places[-tokens:, None]))[:, None]
+    is_before = places <= places[-tokens:, None]  # (T, length)
+    return (is_real[:, None] & is_before)[:, None]
 
 
 class Qwen2RMSNorm(nn.Module):
@@ -327,7 +328,7 @@ def attend_one_token(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Te
 
     28 heads with one query, (B, 28, 1, D), are viewed as 4 heads with 7 queries,
     (B, 4, 7, D). enable_gqa=True would read or even copy each key and value 7 times.
-    After ten minutes of audio, attention on a CPU takes a third of the time.
+    After ten minutes of audio, it takes a third of the time on a CPU.
     """
     batch, query_heads, _, head_dim = q.shape
     grouped = q.view(batch, k.shape[1], -1, head_dim)  # (B, key-value heads, queries, D)
@@ -382,7 +383,7 @@ class Qwen2Model(nn.Module):
         if cache is not None:
             all_real = cache.extend(is_real)  # (B, past + T)
         if past > 0:  # the answer, a later turn, or a later part of a long prompt
-            positions = all_real[:, :past].sum(-1, keepdim=True) + positions  # (B, T)
+            positions = all_real[:, :past].sum(-1, keepdim=True) + positions  # skip padding
             if tokens > 1 or not all_real.all():  # else the one token sees everything
                 mask = causal_mask(all_real, tokens)
         cos, sin = rotary_tables(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
@@ -459,7 +460,6 @@ class AudioFlamingo3ForConditionalGeneration(PretrainedModel):
         """The real audio frames of all windows, projected, in order: (N, text H).
 
         input_features: (W, mel bins, mel frames). feature_attention_mask: (W, mel frames).
-        window_index: (W,), only for the siblings of Audio Flamingo 3.
         """
         frames = []
         for start in range(0, len(input_features), 8):  # limits the memory
@@ -494,7 +494,7 @@ class AudioFlamingo3ForConditionalGeneration(PretrainedModel):
         x = x[rows, to_right]
         attention_mask = attention_mask[rows, to_right]
 
-        # To limit memory: 4096 tokens, then 1024 at a time; without a cache, all at once.
+        # To limit memory: 4096 tokens, then 1024 at a time, because these need a mask.
         states = []
         for part, is_real in split_prompt(x, attention_mask, cache):
             states.append(self.language_model.model(part, is_real, cache))
@@ -514,7 +514,7 @@ class AudioFlamingo3ForConditionalGeneration(PretrainedModel):
         audio: the windows of all rows, in order; see `get_audio_features`.
         loss: mean cross-entropy of the labels that are not -100, in float32.
         """
-        attention_mask, audio = normalize_inputs(input_ids, attention_mask, audio)
+        attention_mask, audio = prepare_inputs(input_ids, attention_mask, audio)
         x = self.prefill(input_ids, attention_mask, **audio)
         logits = self.language_model.lm_head(x)
         loss = None
@@ -535,7 +535,7 @@ class AudioFlamingo3ForConditionalGeneration(PretrainedModel):
         A conversation continues with its `cache` and the `past_ids` (B, P) in it.
         """
         audio, options = separate_options(audio_and_options, self.generation_config)
-        attention_mask, audio = normalize_inputs(input_ids, attention_mask, audio)
+        attention_mask, audio = prepare_inputs(input_ids, attention_mask, audio)
         check_room(input_ids, options.max_new_tokens, self.config.text_config, cache)
         if cache is None:
             cache = self.new_cache(len(input_ids), input_ids.shape[1] + options.max_new_tokens)

@@ -58,7 +58,7 @@ OLDER_KEYS = {
 def read_config(folder: Path) -> dict:
     """Reads config.json and returns a dict with the four keys of `AudioFlamingo3Config`.
 
-    Raises ValueError, which reports file and field, if it describes another network.
+    If the file describes another network, raises ValueError, which reports the field.
     """
     from extras import music_flamingo
 
@@ -139,7 +139,7 @@ def read_processor_config(folder: Path, added_tokens: dict[str, int]) -> dict:
 # Prefixes of tensor names in other files, and in af3.py; the first match wins. The hub layout has
 # the names of af3.py.
 ORIGINAL_NAMES = {  # each begins with the name of its folder
-    "sound_tower.audio_tower.": "audio_tower.",
+    "sound_tower.audio_tower.": "audio_tower.",  # in some files with the module's own name
     "sound_tower.": "audio_tower.",
     "sound_mm_projector.layers.0.": "multi_modal_projector.linear_1.",
     "sound_mm_projector.layers.2.": "multi_modal_projector.linear_2.",  # layers.1 is the GELU

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import tiktoken
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -41,7 +42,6 @@ from plumbing.transformers_conventions import (
     pair_texts_and_audios,
     read_messages,
 )
-from plumbing.zero_padding import zero_padded
 
 # ---- Log-mel ----
 
@@ -67,18 +67,20 @@ def audio_frame_count(window: Tensor) -> int:
     return num_audio_frames
 
 
-# Pads with zeros up to 30 s. For speed, from the third frame after the end on, which are all the
-# same, one frame is computed and repeated.
-@zero_padded(N_SAMPLES, HOP_LENGTH)
 def log_mel(window: Tensor) -> Tensor:
     """Whisper's log-mel spectrogram (128, 3000) of at most 30 s of samples (n,), zero-padded."""
+    # The third frame after the end of a clip sees only zeros, as all later ones do. So padding
+    # ends there, and its frame is repeated below. That makes a 5 s clip five times as fast.
+    num_frames = min(mel_frame_count(len(window)) + 3, N_MEL_FRAMES)
+    samples = F.pad(window, (0, num_frames * HOP_LENGTH - len(window)))
     hann = torch.hann_window(N_FFT)
-    spectrum = torch.stft(window, N_FFT, HOP_LENGTH, window=hann, return_complex=True)
+    spectrum = torch.stft(samples, N_FFT, HOP_LENGTH, window=hann, return_complex=True)
     power = spectrum[:, :-1].abs().square()  # (201, frames): as in Whisper, without the last one
     mel = mel_filters() @ power  # (128, frames)
     log = mel.clamp(min=1e-10).log10()
     log = log.maximum(log.max() - 8)  # at most 80 dB below the loudest value
-    return (log + 4) / 4  # Whisper's scale: most values are between -1 and 1
+    log = (log + 4) / 4  # Whisper's scale: most values are between -1 and 1
+    return F.pad(log, (0, N_MEL_FRAMES - num_frames), mode="replicate")
 
 
 @lru_cache
@@ -244,7 +246,7 @@ class AudioFlamingo3Processor:
         self.system_message = system_message
         self.borders = Borders(border_ids)  # around recordings; none in Audio Flamingo 3
         self.max_samples = max(1, int(max_audio_len) // WINDOW_SECONDS) * N_SAMPLES
-        self.feature_extractor = FeatureExtractor(SAMPLE_RATE, WINDOW_SECONDS)  # only attributes
+        self.feature_extractor = FeatureExtractor(SAMPLE_RATE, WINDOW_SECONDS)  # for examples
         self.audio_token_id = tokenizer.added_tokens[self.audio_token]
         self.start_id = tokenizer.added_tokens["<|im_start|>"]
         self.end_id = tokenizer.added_tokens["<|im_end|>"]
@@ -292,7 +294,7 @@ class AudioFlamingo3Processor:
         A conversation is a list of messages {"role": ..., "content": ...}. The content is a string
         or a list of {"type": "text", "text": ...} and {"type": "audio", "path" or "audio": ...};
         the audio of a message comes before its text. Text is plain text, even if it is <sound>.
-        tokenize=False returns the template's text, with one <sound> per recording, and loads none.
+        tokenize=False loads no audio and returns the template's text, one <sound> per recording.
         """
         options = check_processor_options(**options)
         prompts = []
@@ -333,7 +335,7 @@ class AudioFlamingo3Processor:
         """Prompt `number` of a batch, with the <sound> ids of its windows."""
         is_template = prompt.startswith("<|im_start|>")
         if not windows:
-            texts = [prompt]  # <sound> is plain text
+            texts = [prompt]  # nothing to place
         elif self.audio_token in prompt or is_template:
             texts = prompt.split(self.audio_token)  # around the placeholders
         else:

@@ -17,7 +17,7 @@ AUDIO_TENSORS = ("input_features", "feature_attention_mask", "window_index")
 OTHER_NAMES = {"input_features_mask": "feature_attention_mask"}
 
 
-def normalize_inputs(
+def prepare_inputs(
     input_ids: Tensor, attention_mask: Tensor | None, audio: dict[str, Tensor | None]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The attention mask as (B, T) bool, all True if there is none, and the audio tensors.

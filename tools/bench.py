@@ -166,6 +166,7 @@ def time_side(side: Ours | Theirs, waveform: np.ndarray, tokens: int) -> dict[st
     start = now(device)
     side.encode(inputs)
     encoder = now(device) - start
+    del inputs  # the answer makes its own
 
     token_times = []
     start = now(device)
