@@ -587,11 +587,10 @@ class AudioFlamingo3ForConditionalGeneration(PretrainedModel):
 
         device = choose_device(device_map)
         folder = find_checkpoint(path)
-        config = from_known_keys(AudioFlamingo3Config, load_weights.read_config(folder))
-        options = from_known_keys(GenerationConfig, load_weights.read_generation_config(folder))
+        config, options = load_weights.read_configs(folder)
         with shapes_without_memory():
-            model = cls(config)
-        model.generation_config = options
+            model = cls(from_known_keys(AudioFlamingo3Config, config))
+        model.generation_config = from_known_keys(GenerationConfig, options)
         with errors_naming(folder):
             model.load_state_dict(dict(load_weights.read_tensors(folder)), assign=True)
         return model.to(device, choose_dtype(dtype, model.dtype)).requires_grad_(False).eval()

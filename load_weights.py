@@ -55,7 +55,13 @@ OLDER_KEYS = {
 }
 
 
-def read_config(folder: Path) -> dict:
+def read_configs(folder: Path) -> tuple[dict, dict]:
+    """The fields of `AudioFlamingo3Config` and of `GenerationConfig`, among others."""
+    token_ids = read_token_ids(tokenizer_folder(folder))
+    return read_config(folder, token_ids), read_generation_config(folder, token_ids)
+
+
+def read_config(folder: Path, token_ids: dict[str, int]) -> dict:
     """Reads config.json and returns a dict with the four keys of `AudioFlamingo3Config`.
 
     If the file describes another network, raises ValueError, which reports the field.
@@ -77,7 +83,6 @@ def read_config(folder: Path) -> dict:
     text_config = read_section(sections.get("text_config", {}), text_path)
     # All official files give it. If a file does not, transformers uses 10000, and so do we.
     text_config.setdefault("rope_theta", 10000.0)
-    token_ids = read_token_ids(tokenizer_folder(folder))
     audio_token_id = config.get("audio_token_id", token_ids.get("<sound>"))
     check_vocabulary(text_config.get("vocab_size"), audio_token_id, token_ids, text_path)
     rotary_time = read_section(music_flamingo.rotary_time_section(config), path)
@@ -101,10 +106,10 @@ def read_section(section: dict, path: Path) -> dict:
     return renamed
 
 
-def read_generation_config(folder: Path) -> dict:
+def read_generation_config(folder: Path, token_ids: dict[str, int]) -> dict:
     """The options in generation_config.json, and the tokenizer's ids for end and padding."""
     folder = tokenizer_folder(folder)
-    options = read_named_ids(folder, read_token_ids(folder))
+    options = read_named_ids(folder, token_ids)
     path = folder / "generation_config.json"
     if path.exists():
         for key, value in read_json(path).items():
@@ -161,19 +166,25 @@ def model_name(name: str) -> str:
     return name
 
 
+LARGE_TENSOR = 1 << 20  # bytes
+
+
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """(name in af3.py, tensor) for every tensor in the checkpoint.
 
-    Tensors are memory-mapped: a page is read from disk when it is first used. Each has its own
-    mapping, so that its memory is freed with it, for example when it is quantized.
+    Tensors are memory-mapped: a page is read from disk when it is first used. A large tensor has
+    its own mapping, so that its memory is freed with it, for example when it is quantized.
     """
     parts = ORIGINAL_FOLDERS if is_original_layout(folder) else ("",)
     for part in parts:
         for path in find_shards(folder / part):
             check_is_complete(path)
             with errors_naming(path):
-                for name in safe_open(path, "pt").keys():
-                    tensor = safe_open(path, "pt").get_tensor(name)
+                shard = safe_open(path, "pt")
+                for name in shard.keys():
+                    tensor = shard.get_tensor(name)
+                    if tensor.nbytes > LARGE_TENSOR:
+                        tensor = safe_open(path, "pt").get_tensor(name)
                     yield model_name(f"{part}.{name}" if part else name), tensor
 
 

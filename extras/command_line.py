@@ -257,11 +257,13 @@ def load_model(args: argparse.Namespace) -> AudioFlamingo3ForConditionalGenerati
 
     encode_short_windows_apart(model)
     if model.device.type == "cpu" and not args.tensor_parallel:
-        from extras.float32_matmul import use_float32_matmul
         from extras.long_prompts import use_unmasked_attention
 
-        use_float32_matmul(model)  # only in bfloat16, on a CPU without bfloat16 arithmetic
         use_unmasked_attention(model)
+        if model.dtype == torch.bfloat16:
+            from extras.float32_matmul import use_float32_matmul
+
+            use_float32_matmul(model)  # only on a CPU without bfloat16 arithmetic
     use_one_thread_if_small(model)
     return model
 

@@ -22,16 +22,15 @@ class UnmaskedAttention(Qwen2Attention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         is_later_part = mask is not None and q.shape[2] > 1
         # The last token sees everything if there is no padding.
-        if is_later_part and q.is_cpu and bool(mask[:, :, -1].all()):
+        if is_later_part and q.is_cpu and bool(mask[:, :, -1].all()) and is_possible():
             return attend_to_past_and_part(q, k, v)
         return super().attend(q, k, v, mask)
 
 
 def use_unmasked_attention(model: nn.Module) -> nn.Module:
-    """Changes the decoder's attention if this PyTorch can compute it so. Returns the model."""
-    if is_possible():
-        for layer in model.language_model.model.layers:
-            layer.self_attn.__class__ = UnmaskedAttention
+    """Changes the decoder's attention, whose weights stay the same. Returns the model."""
+    for layer in model.language_model.model.layers:
+        layer.self_attn.__class__ = UnmaskedAttention
     return model
 
 

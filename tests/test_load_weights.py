@@ -21,6 +21,7 @@ from checkpoints import (
 from conftest import TINY
 from load_weights import read_config
 from plumbing.find_checkpoint import DOWNLOAD_COMMAND, find_checkpoint
+from plumbing.tokenizer_files import read_token_ids
 from processor import AudioFlamingo3Processor
 from signals import conversation, sound
 
@@ -113,7 +114,7 @@ def test_tiny_is_smaller_than_16_megabytes():
 
 
 def read_text_config(folder) -> dict:
-    return read_config(folder)["text_config"]
+    return read_config(folder, read_token_ids(folder))["text_config"]
 
 
 @pytest.mark.parametrize("spelling", ["flat", "nested"])

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from af3 import AudioFlamingo3ForConditionalGeneration, causal_mask
 from extras import long_prompts
-from extras.long_prompts import UnmaskedAttention, attend_to_past_and_part, use_unmasked_attention
+from extras.long_prompts import attend_to_past_and_part, use_unmasked_attention
 from signals import sound
 
 from_pretrained = AudioFlamingo3ForConditionalGeneration.from_pretrained
@@ -71,7 +71,13 @@ def test_rows_with_padding_are_answered_as_before(model, changed_model, processo
     )
 
 
-def test_without_the_operator_nothing_changes(micro, monkeypatch):
+def test_without_the_operator_the_plain_attention_is_used(
+    model, changed_model, processor, short_parts, monkeypatch
+):
     monkeypatch.setattr(long_prompts, "is_possible", lambda: False)
-    model = use_unmasked_attention(from_pretrained(micro, "cpu"))
-    assert not any(isinstance(module, UnmaskedAttention) for module in model.modules())
+    monkeypatch.setattr(long_prompts, "attend_to_past_and_part", None)
+    batch = processor("What?", sound(130000))
+    options = {"max_new_tokens": 4, "eos_token_id": []}
+    assert torch.equal(
+        changed_model.generate(**batch, **options), model.generate(**batch, **options)
+    )

@@ -20,6 +20,7 @@ from extras.chat import Conversation
 from extras.music_flamingo import RotaryTimeConfig, RotaryTimeEmbedding
 from load_weights import read_config
 from plumbing.json_file import from_known_keys
+from plumbing.tokenizer_files import read_token_ids
 from processor import AudioFlamingo3Processor, MusicFlamingoProcessor
 from signals import CHAT, MUSIC_CASES, conversation, sound, write_wav
 
@@ -161,7 +162,7 @@ def test_audio_flamingo_3_has_no_rotary_time(model, processor):
 
 
 def test_the_rotary_time_at_the_top_of_config_json_is_not_the_decoders(music_flamingo):
-    config = read_config(music_flamingo)
+    config = read_config(music_flamingo, read_token_ids(music_flamingo))
     config = from_known_keys(AudioFlamingo3Config, config)
     assert config.rotary_time_config == RotaryTimeConfig(1200, 0.2, 0.01)
     expected = {"music": (1e6, 4096), "next": (15.3e6, 131072)}[music_flamingo.name]

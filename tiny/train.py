@@ -32,6 +32,7 @@ from af3 import AudioFlamingo3Config, AudioFlamingo3ForConditionalGeneration, fr
 from load_weights import read_config
 from plumbing.audio_file import load_audio, resample
 from plumbing.json_file import from_known_keys
+from plumbing.tokenizer_files import read_token_ids
 from processor import (
     N_MEL_FRAMES,
     AudioFlamingo3Processor,
@@ -452,7 +453,7 @@ def collate(examples: list, processor: AudioFlamingo3Processor) -> dict[str, Ten
 def new_model(folder: Path) -> AudioFlamingo3ForConditionalGeneration:
     """Writes a new tokenizer; returns a new model, whose layers add little at first."""
     write_tokenizer(folder / "tokenizer.json")
-    config = read_config(folder)
+    config = read_config(folder, read_token_ids(folder))
     model = AudioFlamingo3ForConditionalGeneration(from_known_keys(AudioFlamingo3Config, config))
     last_of_a_block = ("out_proj.weight", "o_proj.weight", "fc2.weight", "down_proj.weight")
     for name, parameter in model.named_parameters():

@@ -27,6 +27,7 @@ from plumbing.devices import shapes_without_memory
 from plumbing.json_file import from_known_keys
 from plumbing.save_checkpoint import INDEX, MAX_SHARD_BYTES, divide_into_shards, write_json
 from plumbing.terminal import exit_with
+from plumbing.tokenizer_files import read_token_ids
 
 SMALL_AUDIO = {"hidden_size": 192, "intermediate_size": 768}
 SMALL_TEXT = {"hidden_size": 192, "intermediate_size": 576, "num_key_value_heads": 2}
@@ -49,7 +50,7 @@ def copy_words(source: Path, folder: Path, small: bool, layers: int | None = Non
 
 def write_random_weights(folder: Path, dtype: torch.dtype, seed: int) -> None:
     """Writes one shard at a time, so that only one is in memory."""
-    config = read_config(folder)
+    config = read_config(folder, read_token_ids(folder))
     with shapes_without_memory():
         model = AudioFlamingo3ForConditionalGeneration(
             from_known_keys(AudioFlamingo3Config, config)
