@@ -548,20 +548,21 @@ class AudioFlamingo3ForConditionalGeneration(PretrainedModel):
         check_finite(logits, self)
 
         # For the repetition penalty: a row's ids, with the last one for padding.
-        seen_ids = input_ids.where(attention_mask, input_ids.gather(1, last))
+        seen_ids = [input_ids.where(attention_mask, input_ids.gather(1, last))]
         if past_ids is not None:
-            seen_ids = torch.cat([past_ids, seen_ids], dim=1)
+            seen_ids.append(past_ids)
         end_ids = torch.tensor(options.eos_token_id, dtype=torch.long, device=x.device)
         ended = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         # Decode: choose an id, yield it, and read it for the next logits.
         for step in range(1, options.max_new_tokens + 1):
             logits = logits.float()
             if options.repetition_penalty != 1:
-                logits = penalize_repetition(logits, seen_ids, options.repetition_penalty)
+                seen = torch.cat(seen_ids, dim=1)
+                logits = penalize_repetition(logits, seen, options.repetition_penalty)
             token_ids = next_token(logits, options)
             token_ids = token_ids.masked_fill(ended, options.pad_token_id)
             yield token_ids
-            seen_ids = torch.cat([seen_ids, token_ids[:, None]], dim=1)
+            seen_ids.append(token_ids[:, None])
             ended |= torch.isin(token_ids, end_ids)
             if ended.all() or step == options.max_new_tokens:
                 return

@@ -131,8 +131,8 @@ def read_processor_config(folder: Path, added_tokens: dict[str, int]) -> dict:
     check_feature_extractor(config, folder)
     with errors_naming(path):
         settings = {"max_audio_len": 600}  # seconds
-        model_type = read_json(folder / "config.json").get("model_type")
-        settings |= music_flamingo.read_processor_settings(model_type, config, added_tokens)
+        model_config = read_json(folder / "config.json")
+        settings |= music_flamingo.read_processor_settings(model_config, config, added_tokens)
     if "max_audio_len" in config:
         settings["max_audio_len"] = config["max_audio_len"]
     check_max_audio_len(settings["max_audio_len"], path)

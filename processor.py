@@ -37,6 +37,7 @@ from plumbing.transcription_prefix import strip_transcription_prefix
 from plumbing.transformers_conventions import (
     Batch,
     FeatureExtractor,
+    is_one_conversation,
     list_of_audios,
     list_of_conversations,
     pair_texts_and_audios,
@@ -287,7 +288,7 @@ class AudioFlamingo3Processor:
         return self.make_batch(prompts, recordings, **options)
 
     def apply_chat_template(
-        self, conversations, tokenize=True, add_generation_prompt=False, return_dict=True, **options
+        self, conversations, *, tokenize=True, add_generation_prompt=False, return_dict=True, **rest
     ):
         """The tensors of one conversation or of a list of them; see `__call__`.
 
@@ -296,7 +297,7 @@ class AudioFlamingo3Processor:
         the audio of a message comes before its text. Text is plain text, even if it is <sound>.
         tokenize=False loads no audio and returns the template's text, one <sound> per recording.
         """
-        options = check_processor_options(**options)
+        options = check_processor_options(**rest)
         prompts = []
         recordings = []
         for number, messages in enumerate(list_of_conversations(conversations)):
@@ -314,7 +315,7 @@ class AudioFlamingo3Processor:
             prompts.append(self.lay_out(turns, add_generation_prompt))
         if not tokenize:
             templates = [self.tokenizer.spell_out(pieces) for pieces in prompts]
-            return templates[0] if isinstance(conversations[0], dict) else templates
+            return templates[0] if is_one_conversation(conversations) else templates
         batch = self.make_batch(prompts, recordings, **options)
         return batch if return_dict else batch["input_ids"]
 
@@ -401,7 +402,6 @@ class AudioFlamingo3Processor:
         self, ids, skip_special_tokens=False, clean_up_tokenization_spaces=False, strip_prefix=False
     ) -> str:
         """The text of ids (T,). strip_prefix removes "The transcription of the audio is" and quotes.
-
         clean_up_tokenization_spaces is for other tokenizers: byte-level text has no such spaces.
         """
         text = self.tokenizer.decode(ids, skip_special_tokens)

@@ -130,10 +130,10 @@ class RotaryTimeEmbedding(nn.Module):
 
 
 def read_processor_settings(
-    model_type: str, processor_config: dict, added_tokens: dict[str, int]
+    config: dict, processor_config: dict, added_tokens: dict[str, int]
 ) -> dict:
     """The arguments of `AudioFlamingo3Processor` that differ; {} for Audio Flamingo 3."""
-    if model_type != "musicflamingo":
+    if not is_music_flamingo(config):
         return {}
     begin_token = processor_config.get("audio_bos_token", "<|sound_bos|>")
     end_token = processor_config.get("audio_eos_token", "<|sound_eos|>")

@@ -142,9 +142,14 @@ def list_of_audios(audio) -> list:
 
 def list_of_conversations(conversations: list) -> list[list[dict]]:
     """A list of conversations, of one or a list of them."""
-    if conversations and isinstance(conversations[0], dict):
+    if is_one_conversation(conversations):
         return [conversations]
     return conversations
+
+
+def is_one_conversation(conversations: list) -> bool:
+    """Whether it is a list of messages, and not of conversations."""
+    return bool(conversations) and isinstance(conversations[0], dict)
 
 
 def read_messages(messages: list[dict]) -> list[tuple[str, list[str], list]]:

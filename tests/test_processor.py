@@ -494,6 +494,15 @@ def test_without_tokenizing_no_audio_is_loaded(processor):
     assert processor.apply_chat_template([chat, chat], tokenize=False) == [expected, expected]
 
 
+def test_no_conversations_have_no_text(processor):
+    assert processor.apply_chat_template([], tokenize=False) == []
+
+
+def test_the_options_of_a_chat_template_are_keywords(processor):
+    with pytest.raises(TypeError):
+        processor.apply_chat_template([{"role": "user", "content": "Hi"}], False)
+
+
 def test_a_message_without_content_is_skipped(processor):
     question = {"role": "user", "content": "Hi"}
     unanswered = [question, {"role": "assistant", "content": None}]
