@@ -407,7 +407,7 @@ class GenerationConfig:
     max_new_tokens: int = 512
     do_sample: bool = False  # False: greedy, always the likeliest token
     temperature: float = 1.0
-    top_k: int | None = None  # None or 0: no limit
+    top_k: int | None = 50  # None or 0: no limit; 50 as in transformers
     top_p: float | None = None  # None: no limit
     repetition_penalty: float = 1.0
     eos_token_id: int | list[int] = field(default_factory=list)  # []: never stop early

@@ -69,15 +69,24 @@ def make_parser() -> argparse.ArgumentParser:
     add("--device", default="auto", help="cpu, cuda or mps (default: the best available)")
     add("--dtype", default="auto", help="float32, bfloat16 or float16 (default: the checkpoint's)")
 
-    add = parser.add_argument_group("answer").add_argument
+    answer = parser.add_argument_group("answer")
+    choices = answer.add_mutually_exclusive_group()
+    greedy_help = "always take the likeliest token (default: the model's generation_config.json)"
+    choices.add_argument(
+        "--greedy", dest="do_sample", action="store_const", const=False, help=greedy_help
+    )
+    sample_help = "draw tokens at random instead"
+    choices.add_argument(
+        "--sample", dest="do_sample", action="store_const", const=True, help=sample_help
+    )
+    add = answer.add_argument
     add("--max-new-tokens", type=int, metavar="N", help="at most N (default: the model's, or 512)")
-    sample_help = "draw tokens at random instead of always taking the likeliest"
-    add("--sample", dest="do_sample", action="store_true", help=sample_help)
-    add("--temperature", type=float, metavar="T", help="with --sample: above 1 is more random")
-    add("--top-k", type=int, metavar="K", help="with --sample: draw from the K likeliest tokens")
-    top_p_help = "with --sample: draw from the fewest tokens with a total probability of P"
+    add("--temperature", type=float, metavar="T", help="sampling: above 1 is more random")
+    top_k_help = "sampling: draw from the K likeliest tokens (default: the model's, or 50)"
+    add("--top-k", type=int, metavar="K", help=top_k_help)
+    top_p_help = "sampling: draw from the fewest tokens with a total probability of P"
     add("--top-p", type=float, metavar="P", help=top_p_help)
-    add("--seed", type=int, help="makes --sample repeatable")
+    add("--seed", type=int, help="makes sampling repeatable")
     timestamps_help = "print, after the answer, where in the recording each word is"
     add("--timestamps", action="store_true", help=timestamps_help)
     return parser

@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from itertools import chain, islice
 
 import torch
@@ -131,7 +132,8 @@ class TerminalChat:
         self.audios = audios  # for the next question
         self.has_failed = False
         self.options = options
-        check_room(self.max_new_tokens(), self.conversation.cache.capacity)
+        self.all_options = replace(model.generation_config, **options)
+        check_room(self.all_options.max_new_tokens, self.conversation.cache.capacity)
         self.quiet = quiet
         self.awaits_line = False
         self.line_is_half_typed = False
@@ -249,19 +251,15 @@ class TerminalChat:
         tokens = cache.length
         for audio in [*self.audios, waveform]:
             tokens += count_audio_frames(audio)
-        if tokens + self.max_new_tokens() > cache.capacity:
+        if tokens + self.all_options.max_new_tokens > cache.capacity:
             raise ValueError(
                 f"{name}: no room for it beside the {cache.length} tokens of the conversation, "
                 f"{len(self.audios)} recordings that wait for a question, and "
-                f"{self.max_new_tokens()} tokens of an answer; /reset makes room."
+                f"{self.all_options.max_new_tokens} tokens of an answer; /reset makes room."
             )
         self.audios.append(waveform)
         seconds = len(waveform) / SAMPLE_RATE
         self.tell(f"{seconds:.1f} s; the context is {tokens / cache.capacity:.0%} full")
-
-    def max_new_tokens(self) -> int:
-        default = self.conversation.model.generation_config.max_new_tokens
-        return self.options.get("max_new_tokens", default)
 
     def ask(self, text: str) -> None:
         timer = terminal.StepTimer()
@@ -273,7 +271,7 @@ class TerminalChat:
         self.audios = []
         if "feature_attention_mask" in question:
             self.tell(terminal.describe_audio(question, self.processor.audio_token_id))
-        self.tell(timer.summary())
+        self.tell(timer.summary(self.all_options))
 
 
 def check_room(max_new_tokens: int, capacity: int) -> None:

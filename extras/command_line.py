@@ -15,11 +15,14 @@ import torch
 from torch import Tensor
 
 from af3 import AudioFlamingo3ForConditionalGeneration, GenerationConfig
+from load_weights import tokenizer_folder
 from plumbing import terminal
 from plumbing.audio_file import AUDIO_SUFFIXES, check_is_no_url, stdin_as_file
 from plumbing.check_checkpoint import is_quantized
-from plumbing.check_inputs import check_plain_prompt
+from plumbing.check_inputs import SAMPLING_OPTIONS, check_plain_prompt
 from plumbing.devices import choose_device, choose_dtype
+from plumbing.find_checkpoint import find_checkpoint
+from plumbing.json_file import read_json
 from plumbing.positional_arguments import STDIN, split_words
 from plumbing.processes import num_processes
 from plumbing.terminal import refuse
@@ -210,8 +213,8 @@ def check_combination(args: argparse.Namespace) -> None:
 
 def check_no_generation(args: argparse.Namespace) -> None:
     mode = "--choose" if args.choose else "--save"
-    for option in ("do_sample", "max_new_tokens", "repetition_penalty"):
-        if getattr(args, option) not in (None, False):
+    for option in ("do_sample", "max_new_tokens", "repetition_penalty", *SAMPLING_OPTIONS):
+        if getattr(args, option) not in (None, False):  # --greedy is true of what is not sampled
             name = "--sample" if option == "do_sample" else f"--{option.replace('_', '-')}"
             refuse(f"{mode} generates nothing, so {name} has no effect")
 
@@ -225,24 +228,27 @@ def is_same_file(path: str, other: str) -> bool:
 
 
 def generation_options(args: argparse.Namespace) -> dict:
-    """The options of `generate` that were given; None where the checkpoint decides."""
+    """The options of `generate` that were given; for the others, the checkpoint decides."""
     if args.seed is not None:
         torch.manual_seed(args.seed % 2**64)
     options = {}
     for option in dataclasses.fields(GenerationConfig):
         if getattr(args, option.name, None) is not None:
             options[option.name] = getattr(args, option.name)
-    if not args.do_sample:
-        del options["do_sample"]  # then the checkpoint decides
-        check_no_sampling_options(args)
-    GenerationConfig(**options)  # refuses a value out of range before the model is loaded
+    given = [name for name in (*SAMPLING_OPTIONS, "seed") if getattr(args, name) is not None]
+    if given and not is_sampled(args):
+        name = given[0].replace("_", "-")
+        refuse(f"--{name} has no effect, because nothing is sampled; add --sample")
+    GenerationConfig(**options | {"do_sample": bool(given)})  # refuses a value out of range
     return options
 
 
-def check_no_sampling_options(args: argparse.Namespace) -> None:
-    for name in ("temperature", "top_k", "top_p", "seed"):
-        if getattr(args, name) is not None:
-            raise ValueError(f"--{name.replace('_', '-')} has no effect without --sample.")
+def is_sampled(args: argparse.Namespace) -> bool:
+    """Whether tokens are drawn at random: the command line says it, else the checkpoint."""
+    if args.do_sample is not None:
+        return args.do_sample
+    path = tokenizer_folder(find_checkpoint(args.model)) / "generation_config.json"
+    return path.exists() and read_json(path).get("do_sample") is True
 
 
 # ---- Steps of every mode ----
@@ -355,9 +361,9 @@ class Report:
             print_words(align(processor, model, inputs, torch.cat(self.timer.steps)))
         if not self.args.quiet:
             print(terminal.describe_audio(inputs, processor.audio_token_id), file=sys.stderr)
-            print(self.timer.summary(), file=sys.stderr)
-            limit = self.args.max_new_tokens or model.generation_config.max_new_tokens
-            if len(self.timer.steps) == limit:
+            options = dataclasses.replace(model.generation_config, **self.args.options)
+            print(self.timer.summary(options), file=sys.stderr)
+            if len(self.timer.steps) == options.max_new_tokens:
                 print("ended by the limit, which --max-new-tokens sets", file=sys.stderr)
         return 0
 

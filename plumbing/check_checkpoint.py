@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from plumbing.check_inputs import check_generation_options
 from plumbing.find_checkpoint import find_checkpoint
 from plumbing.json_file import check_exists, errors_naming, read_json
+from plumbing.transformers_conventions import NEUTRAL_OPTIONS, is_neutral_option
 
 # ---- config.json ----
 
@@ -105,6 +106,17 @@ def is_quantized(name: str | Path) -> bool:
 def check_generation_file(options: dict, path: Path) -> None:
     with errors_naming(path):
         check_generation_options(options)
+    warn_about_ignored_options(options, path)
+
+
+def warn_about_ignored_options(options: dict, path: Path) -> None:
+    ignored = []
+    for name, value in options.items():
+        is_replaced = name == "max_length" and "max_new_tokens" in options
+        if name in NEUTRAL_OPTIONS and not is_neutral_option(name, value) and not is_replaced:
+            ignored.append(f"{name} {value!r}")
+    if ignored:
+        warnings.warn(f"{path}: not supported, and without effect here: {', '.join(ignored)}.")
 
 
 # The values that are constants in processor.py.

@@ -1,6 +1,7 @@
 """Input validation for the model and the processor: a ValueError of one line that says what is
 wrong, what was expected, and what to do."""
 
+import math
 import re
 from dataclasses import fields, replace
 
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from plumbing.transformers_conventions import check_conventions
+from plumbing.transformers_conventions import check_conventions, is_neutral_option
 
 # ---- The model ----
 
@@ -43,7 +44,8 @@ def prepare_inputs(
 def separate_options(arguments: dict, defaults) -> tuple[dict, object]:
     """The audio tensors among the arguments of `generate`, and its options.
 
-    defaults: a `GenerationConfig`; options that are absent or None keep their value in it.
+    defaults: a `GenerationConfig`; options that are absent keep their value in it, and so do
+    options that are None, except top_k and top_p, for which None means no limit.
     """
     names = [option.name for option in fields(defaults)]
     audio = {}
@@ -51,9 +53,11 @@ def separate_options(arguments: dict, defaults) -> tuple[dict, object]:
     for name, value in arguments.items():
         if name in (*AUDIO_TENSORS, *OTHER_NAMES):
             audio[name] = value
+        elif is_neutral_option(name, value):
+            continue
         elif name not in names:
             raise ValueError(f"generate() has no option {name!r}; it has {', '.join(names)}.")
-        elif value is not None:
+        elif value is not None or name in ("top_k", "top_p"):
             options[name] = value
     return audio, replace(defaults, **options)
 
@@ -100,14 +104,20 @@ OPTION_RANGES = {
 }
 
 
+# They have no effect in greedy decoding, so any number will do there: files say 0 or -1.
+SAMPLING_OPTIONS = ("temperature", "top_k", "top_p")
+
+
 def check_generation_options(options: dict) -> None:
     """Refuses a value out of range by its name; top_k and top_p may be None."""
-    for name, (kind, smallest, largest) in OPTION_RANGES.items():
-        if name in options and (options[name] is not None or name not in ("top_k", "top_p")):
-            check_number(name, options[name], kind, smallest, largest)
     do_sample = options.get("do_sample", False)
     if not isinstance(do_sample, bool):
         raise ValueError(f"do_sample is {do_sample!r}; true or false is expected.")
+    for name, (kind, smallest, largest) in OPTION_RANGES.items():
+        if name in SAMPLING_OPTIONS and not do_sample:
+            smallest, largest = -math.inf, math.inf
+        if name in options and (options[name] is not None or name not in ("top_k", "top_p")):
+            check_number(name, options[name], kind, smallest, largest)
     end_ids = options.get("eos_token_id", [])
     for end_id in end_ids if isinstance(end_ids, list) else [end_ids]:
         check_number("eos_token_id", end_id, int, 0, 10**9)
@@ -115,10 +125,10 @@ def check_generation_options(options: dict) -> None:
 
 def check_number(name: str, value, kind: type, smallest: float, largest: float) -> None:
     if not isinstance(value, (int, kind)) or not smallest <= value <= largest:
-        kind_name = "a number" if kind is float else "a whole number"
-        raise ValueError(
-            f"{name} is {value!r}; {kind_name} from {smallest} to {largest} is expected."
-        )
+        expected = "a number" if kind is float else "a whole number"
+        if math.isfinite(smallest):
+            expected += f" from {smallest} to {largest}"
+        raise ValueError(f"{name} is {value!r}; {expected} is expected.")
 
 
 # ---- The processor: options and prompts ----

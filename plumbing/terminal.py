@@ -222,13 +222,16 @@ class StepTimer:
             self.steps.append(step)
             yield step
 
-    def summary(self) -> str:
+    def summary(self, options) -> str:
+        """A line about the speed. options: the `GenerationConfig` of the answer."""
         count = len(self.seconds)
         first = self.seconds[0]
         text = f"said {count} token{'s' * (count > 1)}: the first after {first:.2f} s"
         if count > 1:
             rate = (count - 1) / (self.seconds[-1] - first)
             text += f", then {rate:.1f} tokens/s"
+        if options.do_sample:
+            text += f", sampled at temperature {options.temperature:g}"
         return text
 
 

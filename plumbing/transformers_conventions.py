@@ -60,6 +60,53 @@ def as_in_transformers(from_pretrained: Callable) -> Callable:
     return call
 
 
+# The options of transformers' `generate` that change an answer and are not supported here, with
+# the values that change nothing. None, [] and {} never do.
+NEUTRAL_OPTIONS = {
+    "bad_words_ids": None,
+    "begin_suppress_tokens": None,
+    "constraints": None,
+    "diversity_penalty": 0,
+    "dola_layers": None,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1,
+    "epsilon_cutoff": 0,
+    "eta_cutoff": 0,
+    "exponential_decay_length_penalty": None,
+    "force_words_ids": None,
+    "forced_bos_token_id": None,
+    "forced_decoder_ids": None,
+    "forced_eos_token_id": None,
+    "guidance_scale": 1,
+    "max_length": None,
+    "max_time": None,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "min_p": 0,
+    "no_repeat_ngram_size": 0,
+    "num_beam_groups": 1,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "penalty_alpha": 0,
+    "sequence_bias": None,
+    "stop_strings": None,
+    "suppress_tokens": None,
+    "token_healing": False,
+    "top_h": None,
+    "typical_p": 1,
+    "watermarking_config": None,
+}
+
+
+def is_neutral_option(name: str, value) -> bool:
+    """Whether an option of transformers' `generate` asks for nothing but what is done here."""
+    if name in ("labels", "use_cache", "cache_implementation"):  # the ids are the same
+        return True
+    if name in NEUTRAL_OPTIONS:
+        return value in (None, [], {}, NEUTRAL_OPTIONS[name])
+    return name in ("return_dict_in_generate", "output_scores", "output_logits") and not value
+
+
 # ---- The processor ----
 
 

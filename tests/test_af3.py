@@ -465,7 +465,20 @@ def test_a_cache_too_small_for_the_turn_is_refused(model, processor):
 )
 def test_an_option_out_of_range_is_reported(option, value):
     with pytest.raises(ValueError, match=f"^{option} is "):
-        GenerationConfig(**{option: value})
+        GenerationConfig(do_sample=True, **{option: value})
+
+
+@pytest.mark.parametrize("option, value", [("temperature", 0.0), ("top_k", -1), ("top_p", 0.0)])
+def test_where_nothing_is_sampled_an_option_of_sampling_may_be_any_number(option, value):
+    options = GenerationConfig(do_sample=False, **{option: value})
+    assert next_token(torch.tensor([[1.0, 3.0, 2.0]]), options).item() == 1
+
+
+def test_options_of_transformers_that_ask_for_nothing_else_are_taken(model, processor):
+    batch = processor("Hi", output_labels=True)
+    plain = model.generate(batch["input_ids"], max_new_tokens=4)
+    options = {"num_beams": 1, "use_cache": True, "min_p": None, "no_repeat_ngram_size": 0}
+    assert torch.equal(model.generate(**batch, max_new_tokens=4, **options), plain)
 
 
 # ---- Sampling ----
@@ -494,6 +507,22 @@ def test_sampling_follows_the_probabilities_at_its_temperature(temperature):
 
 def test_top_k_keeps_the_k_likeliest():
     assert drawn_ids([0.3, 0.1, 0.5, 0.1], top_k=2) == [0, 2]
+
+
+def test_without_top_k_the_50_likeliest_are_kept_as_in_transformers():
+    logits = torch.arange(60) / 100
+    assert drawn_ids(logits.exp().tolist()) == list(range(10, 60))
+    assert drawn_ids(logits.exp().tolist(), top_k=0) == list(range(60))
+
+
+def test_a_top_k_of_none_means_no_limit_in_a_call(model, processor, monkeypatch):
+    model.generate(**processor("Hi"), max_new_tokens=1)
+    seen = []
+    monkeypatch.setattr(
+        "af3.next_token", lambda logits, options: seen.append(options) or logits.argmax(-1)
+    )
+    model.generate(**processor("Hi"), max_new_tokens=1, top_k=None)
+    assert seen[0].top_k is None
 
 
 def test_top_p_keeps_the_fewest_tokens_whose_probability_reaches_p():

@@ -109,6 +109,64 @@ def test_a_field_of_the_wrong_type_is_reported(spoiled, file, fields, named):
     assert named in refusal(spoiled)
 
 
+# As the published conversion script for this model writes them.
+PUBLISHED_OPTIONS = {
+    "bos_token_id": 1,
+    "do_sample": True,
+    "temperature": 0.7,
+    "top_k": 20,
+    "top_p": 0.8,
+    "repetition_penalty": 1.05,
+    "transformers_version": "5.0.0",
+    "num_beams": 1,
+    "min_p": None,
+    "suppress_tokens": [],
+    "max_length": 100,
+    "max_new_tokens": 20,
+}
+
+
+def test_options_that_change_nothing_are_read_without_a_warning(spoiled, recwarn):
+    change_json(spoiled / "generation_config.json", **PUBLISHED_OPTIONS)
+    model = AudioFlamingo3ForConditionalGeneration.from_pretrained(spoiled, "cpu")
+    assert (model.generation_config.top_k, model.generation_config.top_p) == (20, 0.8)
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("begin_suppress_tokens", [1]),
+        ("bad_words_ids", [[1, 2]]),
+        ("forced_eos_token_id", 5),
+        ("max_length", 20),
+        ("min_length", 3),
+        ("min_new_tokens", 3),
+        ("min_p", 0.1),
+        ("no_repeat_ngram_size", 2),
+        ("num_beams", 4),
+        ("stop_strings", ["."]),
+        ("suppress_tokens", [1]),
+        ("typical_p", 0.9),
+    ],
+)
+def test_a_generation_option_without_effect_here_is_warned_about(spoiled, field, value):
+    change_json(spoiled / "generation_config.json", **{field: value})
+    with pytest.warns(UserWarning) as caught:
+        AudioFlamingo3ForConditionalGeneration.from_pretrained(spoiled, "cpu")
+    [warning] = caught
+    assert "generation_config.json" in str(warning.message)
+    assert f"{field} {value!r}" in str(warning.message)
+
+
+def test_options_of_sampling_may_be_anything_where_nothing_is_sampled(spoiled):
+    options = {"do_sample": False, "temperature": 0.0, "top_k": -1, "top_p": 0.0}
+    change_json(spoiled / "generation_config.json", **options)
+    model = AudioFlamingo3ForConditionalGeneration.from_pretrained(spoiled, "cpu")
+    with pytest.raises(ValueError, match="temperature is 0.0"):
+        model.generate(torch.tensor([[1, 2]]), do_sample=True)
+
+
 @pytest.mark.parametrize("merges", ["reversed", [["a"]], ["x y z"], 7])
 def test_merges_out_of_order_or_missing_are_refused(spoiled, merges):
     path = spoiled / "tokenizer.json"

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import generate
+from checkpoints import change_json
 from conftest import ROOT, TINY
 from extras import command_line
 from programs import PROGRAM, interrupt_until_it_ends, start_generate
@@ -135,6 +136,32 @@ def test_a_seed_makes_sampling_repeatable(run, clip):
     assert first != other
 
 
+@pytest.fixture
+def sampling(spoiled) -> Path:
+    """A checkpoint whose generation_config.json asks for sampling."""
+    options = {"do_sample": True, "temperature": 1.5, "max_new_tokens": 20}
+    change_json(spoiled / "generation_config.json", **options)
+    return spoiled
+
+
+def test_a_checkpoint_that_samples_samples_unless_the_command_line_says_greedy(
+    run, clip, sampling, micro
+):
+    _, greedy, _ = run(clip, "Hi", "--max-new-tokens", 20)
+    _, sampled, report = run(clip, "Hi", "--seed", 1, model=sampling)
+    _, told_greedy, greedy_report = run(clip, "Hi", "--greedy", model=sampling)
+    assert told_greedy == greedy != sampled
+    assert "tokens/s, sampled at temperature 1.5\n" in report
+    assert "sampled" not in greedy_report
+
+
+def test_a_seed_makes_a_checkpoint_that_samples_repeatable(run, clip, sampling):
+    _, first, _ = run(clip, "Hi", "--seed", 1, model=sampling)
+    _, again, _ = run(clip, "Hi", "--seed", 1, model=sampling)
+    _, other, _ = run(clip, "Hi", "--seed", 2, model=sampling)
+    assert first == again != other
+
+
 def test_help_shows_examples_and_every_option():
     result = run_program("--help")
     assert result.returncode == 0
@@ -163,8 +190,11 @@ def test_help_shows_examples_and_every_option():
         (["CLIP", "<|im_start|>system\nObey."], "The prompt starts with <|im_start|>"),
         (["CLIP", "<sound><sound>"], "found 2 '<sound>' placeholders, but audio was split into 1"),
         (["CLIP", "Hi", "--sample", "--top-p", "7"], "top_p is 7.0"),
-        (["CLIP", "Hi", "--top-p", "0.7"], "--top-p has no effect without --sample"),
-        (["CLIP", "Hi", "--seed", "0"], "--seed has no effect without --sample"),
+        (["CLIP", "Hi", "--top-p", "0.7"], "--top-p has no effect, because nothing is sampled"),
+        (["CLIP", "Hi", "--seed", "0"], "--seed has no effect, because nothing is sampled"),
+        (["CLIP", "Hi", "--greedy", "--seed", "0"], "--seed has no effect, because nothing is"),
+        (["CLIP", "Hi", "--greedy", "--sample"], "--sample: not allowed with argument --greedy"),
+        (["--prompts", "q", "--choose", "--top-k", "5"], "so --top-k has no effect"),
         (["CLIP", "Hi", "--device", "gpu"], "device is 'gpu', which PyTorch cannot use here"),
         (["CLIP", "Hi", "--top-k", "x"], "--top-k"),
         (["CLIP", "Hi", "--dtype", "float3"], "dtype is 'float3'"),
