@@ -3,7 +3,7 @@
 examples:
   python generate.py speech.wav                       transcribes, with the small model in tiny/
   python generate.py rain.mp3 "What sound is this?"   files other than WAV need ffmpeg
-  python generate.py talk.flac "Summarize." --model nvidia/audio-flamingo-3-hf --int8
+  python generate.py talk.flac "Summarize." --model nvidia/audio-flamingo-3-hf --int8 --greedy
   python generate.py --chat talk.flac                 a conversation
   python generate.py a.wav recordings/ "Who speaks?"  an answer for each, as JSON lines
   torchrun --nproc-per-node 2 generate.py recordings/ "Who speaks?"  shared by two processes

@@ -372,7 +372,7 @@ def answer(model, processor, example: Example) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         batch = processor.apply_chat_template(question, add_generation_prompt=True)
-    ids = model.generate(**batch.to(model.device), max_new_tokens=64)
+    ids = model.generate(**batch.to(model.device), max_new_tokens=64, do_sample=False)
     return processor.decode(ids[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
 

@@ -40,7 +40,7 @@ class Answerer:
         for start in range(0, len(prompts), batch_size):
             batch = slice(start, start + batch_size)
             inputs = self.processor(prompts[batch], waveforms[batch]).to(self.model.device)
-            ids = self.model.generate(**inputs, max_new_tokens=24)
+            ids = self.model.generate(**inputs, max_new_tokens=24, do_sample=False)
             new_ids = ids[:, inputs["input_ids"].shape[1] :]
             yield from self.processor.batch_decode(new_ids, skip_special_tokens=True)
 

@@ -74,7 +74,9 @@ class Ours:
         )
 
     def answer(self, inputs: dict, tokens: int, on_token: Callable[[], None]) -> None:
-        for _ in self.model.stream(**inputs, max_new_tokens=tokens, eos_token_id=[]):
+        for _ in self.model.stream(
+            **inputs, max_new_tokens=tokens, do_sample=False, eos_token_id=[]
+        ):
             on_token()
 
 

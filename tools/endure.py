@@ -81,7 +81,7 @@ class Server:
             rows = rng.randint(1, 3)
             waveforms = [sound(rng.randrange(321, 160000), seed=served + i) for i in range(rows)]
             batch = self.processor(["What sound is this?"] * rows, waveforms)
-            self.model.generate(**batch, max_new_tokens=8)
+            self.model.generate(**batch, max_new_tokens=8, do_sample=False)
             served += rows
             if early == 0 and served >= 50:
                 early = resident_megabytes()
@@ -98,11 +98,16 @@ class Server:
         for i in range(4):
             waveform = sound(16000 * (i + 1), seed=i)
             batches.append(self.processor("Transcribe the input speech.", waveform))
-        expected = [self.model.generate(**batch, max_new_tokens=16) for batch in batches]
+        expected = [
+            self.model.generate(**batch, max_new_tokens=16, do_sample=False) for batch in batches
+        ]
         answers = {}
 
         def answer_ten_times(i: int) -> None:
-            answers[i] = [self.model.generate(**batches[i], max_new_tokens=16) for _ in range(10)]
+            answers[i] = [
+                self.model.generate(**batches[i], max_new_tokens=16, do_sample=False)
+                for _ in range(10)
+            ]
 
         threads = [threading.Thread(target=answer_ten_times, args=(i,)) for i in range(4)]
         for thread in threads:

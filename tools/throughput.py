@@ -40,7 +40,7 @@ def make_clip(recordings: list[Path], seconds: float, rng: random.Random) -> np.
 
 def generate(args: argparse.Namespace, *arguments, **options) -> tuple[float, str]:
     """Runs generate.py; returns the seconds it took and its stderr."""
-    command = [sys.executable, ROOT / "generate.py", "--model", args.model]
+    command = [sys.executable, ROOT / "generate.py", "--greedy", "--model", args.model]
     command += ["--max-new-tokens", args.max_new_tokens, *arguments]
     start = time.perf_counter()
     result = subprocess.run(

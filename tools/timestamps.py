@@ -94,7 +94,7 @@ class Examiner:
 
     def answer(self, prompt: str, waveform: np.ndarray) -> Alignment:
         inputs = self.processor(prompt, waveform).to(self.model.device)
-        ids = self.model.generate(**inputs, max_new_tokens=24)
+        ids = self.model.generate(**inputs, max_new_tokens=24, do_sample=False)
         new_ids = ids[0, inputs["input_ids"].shape[1] :]
         return align(self.processor, self.model, inputs, new_ids)
 
