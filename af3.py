@@ -82,6 +82,7 @@ class AudioFlamingo3Config:
     audio_config: AudioFlamingo3EncoderConfig = field(default_factory=AudioFlamingo3EncoderConfig)
     text_config: Qwen2Config = field(default_factory=Qwen2Config)
     audio_token_id: int = 151669  # <sound>
+    num_tokens: int | None = None  # ids with a text; None: all of vocab_size
     rotary_time_config: object = None  # for its siblings; see extras/music_flamingo.py
 
 
@@ -119,8 +120,7 @@ class AudioFlamingo3Attention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         # The queries are scaled, not the scores, as in transformers. For the official head
         # size, 64, it makes no difference: the factor is 1/8, which rounds nothing.
-        q = self.q_proj(x) * self.head_dim**-0.5
-        q = split_heads(q, self.head_dim)  # (W, heads, C, D)
+        q = split_heads(self.q_proj(x), self.head_dim) * self.head_dim**-0.5  # (W, heads, C, D)
         k = split_heads(self.k_proj(x), self.head_dim)
         v = split_heads(self.v_proj(x), self.head_dim)
         # softmax(q @ k.transpose(-2, -1)) @ v, without the keys whose mask is False
@@ -488,8 +488,7 @@ class AudioFlamingo3ForConditionalGeneration(PretrainedModel):
 
         # Move padding to the right, where causal attention never looks. On the left, it
         # would need a mask of T x T. Without padding, nothing moves.
-        to_right = attention_mask.argsort(dim=1, descending=True, stable=True)
-        back = to_right.argsort(dim=1)  # the inverse permutation
+        to_right = (~attention_mask).int().argsort(dim=1, stable=True)  # MPS cannot sort bool
         rows = torch.arange(len(x), device=x.device)[:, None]
         x = x[rows, to_right]
         attention_mask = attention_mask[rows, to_right]
@@ -498,7 +497,8 @@ class AudioFlamingo3ForConditionalGeneration(PretrainedModel):
         states = []
         for part, is_real in split_prompt(x, attention_mask, cache):
             states.append(self.language_model.model(part, is_real, cache))
-        return torch.cat(states, dim=1)[rows, back]
+        states = torch.cat(states, dim=1)
+        return torch.empty_like(x).index_put_((rows, to_right), states)  # moved back
 
     def decode_one_token(self, token_ids: Tensor, cache: KeyValueCache) -> Tensor:
         """Logits (B, V) after one more id in each row, (B,)."""
@@ -559,7 +559,7 @@ class AudioFlamingo3ForConditionalGeneration(PretrainedModel):
             if options.repetition_penalty != 1:
                 seen = torch.cat(seen_ids, dim=1)
                 logits = penalize_repetition(logits, seen, options.repetition_penalty)
-            token_ids = next_token(logits, options)
+            token_ids = next_token(logits[:, : self.config.num_tokens], options)
             token_ids = token_ids.masked_fill(ended, options.pad_token_id)
             yield token_ids
             seen_ids.append(token_ids[:, None])
@@ -594,7 +594,7 @@ class AudioFlamingo3ForConditionalGeneration(PretrainedModel):
         model.generation_config = from_known_keys(GenerationConfig, options)
         with errors_naming(folder):
             model.load_state_dict(dict(load_weights.read_tensors(folder)), assign=True)
-        return model.to(device, choose_dtype(dtype, model.dtype)).requires_grad_(False).eval()
+        return model.to(device, choose_dtype(dtype, model.dtype)).eval()
 
 
 MusicFlamingoForConditionalGeneration = AudioFlamingo3ForConditionalGeneration  # its siblings

@@ -18,18 +18,18 @@ from torch import Tensor
 
 from plumbing.chat_template import read_system_message
 from plumbing.check_checkpoint import (
-    check_feature_extractor,
     check_generation_file,
     check_is_complete,
-    check_max_audio_len,
     check_model_type,
+    check_processor_file,
     check_section,
     check_supported,
     check_vocabulary,
     check_weight_map,
+    names_to_read,
     warn_about_newer_file,
 )
-from plumbing.json_file import errors_naming, read_json
+from plumbing.json_file import errors_naming, read_fields, read_json
 from plumbing.tokenizer_files import read_named_ids, read_token_ids
 
 ORIGINAL_FOLDERS = ("llm", "sound_tower", "sound_mm_projector")
@@ -90,6 +90,7 @@ def read_config(folder: Path, token_ids: dict[str, int]) -> dict:
         "audio_config": read_section(sections.get("audio_config", {}), audio_path),
         "text_config": text_config,
         "audio_token_id": audio_token_id,
+        "num_tokens": len(token_ids),
         "rotary_time_config": music_flamingo.read_rotary_time_config(rotary_time),
     }
 
@@ -109,12 +110,8 @@ def read_section(section: dict, path: Path) -> dict:
 def read_generation_config(folder: Path, token_ids: dict[str, int]) -> dict:
     """The options in generation_config.json, and the tokenizer's ids for end and padding."""
     folder = tokenizer_folder(folder)
-    options = read_named_ids(folder, token_ids)
     path = folder / "generation_config.json"
-    if path.exists():
-        for key, value in read_json(path).items():
-            if value is not None:
-                options[key] = value
+    options = read_named_ids(folder, token_ids) | read_fields(path)
     check_generation_file(options, path)
     return options
 
@@ -128,15 +125,15 @@ def read_processor_config(folder: Path, added_tokens: dict[str, int]) -> dict:
 
     path = folder / "processor_config.json"
     config = read_json(path) if path.exists() else {}
-    check_feature_extractor(config, folder)
+    check_processor_file(config, folder)
     with errors_naming(path):
         settings = {"max_audio_len": 600}  # seconds
-        model_config = read_json(folder / "config.json")
+        model_config = read_fields(folder / "config.json")
         settings |= music_flamingo.read_processor_settings(model_config, config, added_tokens)
-    if "max_audio_len" in config:
-        settings["max_audio_len"] = config["max_audio_len"]
-    check_max_audio_len(settings["max_audio_len"], path)
-    return settings | {"system_message": read_system_message(folder, SYSTEM_MESSAGE)}
+    for key in ("max_audio_len", "default_transcription_prompt"):
+        if key in config:
+            settings[key] = config[key]
+    return settings | {"system_message": read_system_message(folder, config, SYSTEM_MESSAGE)}
 
 
 # ---- Tensors ----
@@ -181,7 +178,7 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
             check_is_complete(path)
             with errors_naming(path):
                 shard = safe_open(path, "pt")
-                for name in shard.keys():
+                for name in names_to_read(shard.keys(), folder):
                     tensor = shard.get_tensor(name)
                     if tensor.nbytes > LARGE_TENSOR:
                         tensor = safe_open(path, "pt").get_tensor(name)

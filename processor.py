@@ -27,6 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import load_weights
 from af3 import frame_counts
+from plumbing import transformers_conventions as conventions
 from plumbing.audio_file import load_waveform
 from plumbing.check_inputs import check_no_long_whitespace, check_processor_options
 from plumbing.find_checkpoint import find_checkpoint
@@ -34,15 +35,7 @@ from plumbing.json_file import errors_naming
 from plumbing.save_checkpoint import save_processor
 from plumbing.tokenizer_files import read_tokenizer
 from plumbing.transcription_prefix import strip_transcription_prefix
-from plumbing.transformers_conventions import (
-    Batch,
-    FeatureExtractor,
-    is_one_conversation,
-    list_of_audios,
-    list_of_conversations,
-    pair_texts_and_audios,
-    read_messages,
-)
+from plumbing.transformers_conventions import Batch
 
 # ---- Log-mel ----
 
@@ -158,7 +151,8 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """The ids of plain text: "<|im_end|>" in it is ten ordinary characters, not the token."""
         check_no_long_whitespace(text)  # tiktoken would fail
-        return self.bpe.encode_ordinary(unicodedata.normalize("NFC", text))  # as in Qwen2
+        with errors_naming(self.folder / "tokenizer.json"):
+            return self.bpe.encode_ordinary(unicodedata.normalize("NFC", text))  # as in Qwen2
 
     def encode_pieces(self, pieces: list[str | int]) -> list[int]:
         """The ids of plain texts and ready ids.
@@ -240,19 +234,22 @@ class AudioFlamingo3Processor:
         max_audio_len: float = 600,
         system_message: str = load_weights.SYSTEM_MESSAGE,
         border_ids: tuple = (),
+        default_transcription_prompt: str = default_transcription_prompt,
     ):
         from extras.music_flamingo import Borders
 
         self.tokenizer = tokenizer
         self.system_message = system_message
+        self.default_transcription_prompt = default_transcription_prompt
         self.borders = Borders(border_ids)  # around recordings; none in Audio Flamingo 3
         self.max_samples = max(1, int(max_audio_len) // WINDOW_SECONDS) * N_SAMPLES
-        self.feature_extractor = FeatureExtractor(SAMPLE_RATE, WINDOW_SECONDS)  # for examples
+        self.feature_extractor = conventions.FeatureExtractor(SAMPLE_RATE, WINDOW_SECONDS)
         self.audio_token_id = tokenizer.added_tokens[self.audio_token]
         self.start_id = tokenizer.added_tokens["<|im_start|>"]
         self.end_id = tokenizer.added_tokens["<|im_end|>"]
 
     @classmethod
+    @conventions.ignoring_hub_options
     def from_pretrained(cls, path: str | Path) -> "AudioFlamingo3Processor":
         """The processor of a checkpoint. Raises FileNotFoundError or ValueError."""
         folder = find_checkpoint(path)
@@ -269,7 +266,7 @@ class AudioFlamingo3Processor:
 
         audio: one recording for each prompt, 1-D at 16 kHz (array, tensor or list) or a file.
         In a prompt, each placeholder <sound> stands for one window of its recording; without any,
-        all come first. A prompt that starts with <|im_start|> is a finished chat template.
+        all come first. In a finished template (it starts with <|im_start|>), one may mean all.
 
         Returns input_ids and attention_mask (B, T) int64; with audio also input_features
         (W, 128, 3000) float32 and feature_attention_mask (W, 3000) int64. Raises ValueError.
@@ -279,7 +276,8 @@ class AudioFlamingo3Processor:
         options = check_processor_options(**options)
         prompts = []
         recordings = []
-        for number, (prompt, recording) in enumerate(pair_texts_and_audios(text, audio)):
+        pairs = conventions.pair_texts_and_audios(text, audio)
+        for number, (prompt, recording) in enumerate(pairs):
             windows = ()
             if recording is not None:
                 windows = self.to_waveform(recording, f"Sample {number}").split(N_SAMPLES)
@@ -300,9 +298,9 @@ class AudioFlamingo3Processor:
         options = check_processor_options(**rest)
         prompts = []
         recordings = []
-        for number, messages in enumerate(list_of_conversations(conversations)):
+        for number, messages in enumerate(conventions.list_of_conversations(conversations)):
             turns = []
-            for role, texts, audios in read_messages(messages):
+            for role, texts, audios in conventions.read_messages(messages):
                 sounds = []
                 for audio in audios:
                     if tokenize:
@@ -315,16 +313,14 @@ class AudioFlamingo3Processor:
             prompts.append(self.lay_out(turns, add_generation_prompt))
         if not tokenize:
             templates = [self.tokenizer.spell_out(pieces) for pieces in prompts]
-            return templates[0] if is_one_conversation(conversations) else templates
+            return templates[0] if conventions.is_one_conversation(conversations) else templates
         batch = self.make_batch(prompts, recordings, **options)
         return batch if return_dict else batch["input_ids"]
 
     def apply_transcription_request(self, audio, prompt=None, **options) -> Batch:
         """`__call__` with the transcription prompt, or `prompt`, for one or more recordings."""
-        audios = list_of_audios(audio)
-        if prompt is None:
-            prompt = self.default_transcription_prompt
-        prompts = [prompt] * len(audios) if isinstance(prompt, str) else prompt
+        audios = conventions.list_of_audios(audio)
+        prompts = conventions.list_of_prompts(prompt, self.default_transcription_prompt, audios)
         return self(prompts, audios, **options)
 
     def to_waveform(self, audio, name: str = "audio") -> Tensor:
@@ -341,14 +337,17 @@ class AudioFlamingo3Processor:
             texts = prompt.split(self.audio_token)  # around the placeholders
         else:
             texts = [""] * len(windows) + [prompt]  # all windows come first
+        sounds = self.sound_ids(windows)
         num_placeholders = len(texts) - 1
-        if num_placeholders != len(windows):
+        if is_template and num_placeholders == 1:  # it stands for all windows
+            sounds = [list(chain(*sounds))]
+        if num_placeholders != len(sounds):
             raise ValueError(
                 f"Sample {number}: found {num_placeholders} '<sound>' placeholders, "
                 f"but audio was split into {len(windows)} window(s)."
             )
         pieces = []
-        for text, ids in zip(texts, [*self.sound_ids(windows), []]):
+        for text, ids in zip(texts, [*sounds, []]):
             pieces += self.tokenizer.split_added_tokens(text) if is_template else [text]
             pieces += ids
         if is_template:
@@ -394,20 +393,21 @@ class AudioFlamingo3Processor:
             keep_answers(batch, self)
         return batch
 
-    def batch_decode(self, ids, *args, **options) -> list[str]:
-        """`decode` for each row of ids (B, T)."""
-        return [self.decode(row, *args, **options) for row in ids]
-
+    @conventions.decodes_rows
     def decode(
         self, ids, skip_special_tokens=False, clean_up_tokenization_spaces=False, strip_prefix=False
     ) -> str:
-        """The text of ids (T,). strip_prefix removes "The transcription of the audio is" and quotes.
+        """The text of ids (T,), or a list of texts for (B, T).
+
+        strip_prefix removes "The transcription of the audio is" and quotes.
         clean_up_tokenization_spaces is for other tokenizers: byte-level text has no such spaces.
         """
         text = self.tokenizer.decode(ids, skip_special_tokens)
         if strip_prefix and not self.borders.ids:  # models with borders do not write it
             text = strip_transcription_prefix(text)
         return text
+
+    batch_decode = decode  # as in transformers
 
     def stream_text(self, steps: Iterable[Tensor]) -> Iterator[str]:
         """The text that each step of `model.stream` adds to its first row, in whole characters."""

@@ -219,6 +219,7 @@ def read_again(
     with hooks_on_attention(model, layer_begins):
         states = model.language_model.model(x, everything, cache=None)
     logits = model.language_model.lm_head(states[0, -len(new_ids) :])
+    logits = logits[:, : model.config.num_tokens]  # those that have a text
     return logits.float().softmax(-1).cpu(), heads
 
 

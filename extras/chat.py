@@ -15,13 +15,42 @@ from dataclasses import replace
 from itertools import chain, islice
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from af3 import AudioFlamingo3ForConditionalGeneration
+from af3 import AudioFlamingo3ForConditionalGeneration, KeyValueCache, Qwen2Config
 from extras.many_recordings import count_audio_frames
 from plumbing import terminal
 from plumbing.transformers_conventions import Batch
 from processor import SAMPLE_RATE, AudioFlamingo3Processor
+
+FIRST_TOKENS = 2048  # the room in a new conversation
+
+
+class GrowingCache(KeyValueCache):
+    """A cache for `capacity` tokens that takes memory only for those that it has read.
+
+    A long context would otherwise take gigabytes before the first word. The memory doubles each
+    time it is full, one layer after another.
+    """
+
+    def __init__(self, config: Qwen2Config, rows: int, capacity: int, dtype, device):
+        super().__init__(config, rows, min(FIRST_TOKENS, capacity), dtype, device)
+        self.capacity = capacity
+
+    def extend(self, is_real: Tensor) -> Tensor:
+        needed = self.length + is_real.shape[1]
+        room = self.is_real.shape[1]
+        if needed > room:
+            self.grow(min(max(needed, 2 * room), self.capacity))
+        return super().extend(is_real)
+
+    def grow(self, tokens: int) -> None:
+        more = tokens - self.is_real.shape[1]
+        self.is_real = F.pad(self.is_real, (0, more))
+        for layer in range(len(self.keys)):
+            self.keys[layer] = F.pad(self.keys[layer], (0, 0, 0, more))
+            self.values[layer] = F.pad(self.values[layer], (0, 0, 0, more))
 
 
 class Conversation:
@@ -30,10 +59,11 @@ class Conversation:
     def __init__(
         self, processor: AudioFlamingo3Processor, model: AudioFlamingo3ForConditionalGeneration
     ):
-        capacity = model.config.text_config.max_position_embeddings
+        config = model.config.text_config
+        capacity = config.max_position_embeddings
         self.processor = processor
         self.model = model
-        self.cache = model.new_cache(rows=1, capacity=capacity)
+        self.cache = GrowingCache(config, 1, capacity, model.dtype, model.device)
         self.stopped = False  # set to True to end the answer that is being generated
         self.reset()
 

@@ -22,7 +22,7 @@ from plumbing.check_checkpoint import is_quantized
 from plumbing.check_inputs import SAMPLING_OPTIONS, check_plain_prompt
 from plumbing.devices import choose_device, choose_dtype
 from plumbing.find_checkpoint import find_checkpoint
-from plumbing.json_file import read_json
+from plumbing.json_file import read_fields
 from plumbing.positional_arguments import STDIN, split_words
 from plumbing.processes import num_processes
 from plumbing.terminal import refuse
@@ -84,8 +84,8 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     args.recordings, args.prompt = split_words(args.words, AUDIO_SUFFIXES, may_be_prompt)
     if not (args.recordings or args.chat or args.prompts or args.save):
         refuse("the following arguments are required: audio")
-    if args.prompt is None and not args.chat:
-        args.prompt = AudioFlamingo3Processor.default_transcription_prompt
+    if args.prompt is None and not args.chat and not args.save:
+        args.prompt = transcription_prompt(args.model)
     if args.prompt is not None:
         check_plain_prompt(args.prompt)
         if not args.prompt.strip():
@@ -105,6 +105,13 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     has_mode = args.save or args.chat or args.explain is not None
     args.is_one_question = not has_mode and not wants_json_lines(args)
     return args
+
+
+def transcription_prompt(model: str) -> str:
+    """What is asked where there is no prompt: the checkpoint may have its own."""
+    fields = read_fields(find_checkpoint(model) / "processor_config.json")
+    default = AudioFlamingo3Processor.default_transcription_prompt
+    return fields.get("default_transcription_prompt", default)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -248,7 +255,7 @@ def is_sampled(args: argparse.Namespace) -> bool:
     if args.do_sample is not None:
         return args.do_sample
     path = tokenizer_folder(find_checkpoint(args.model)) / "generation_config.json"
-    return path.exists() and read_json(path).get("do_sample") is True
+    return read_fields(path).get("do_sample") is True
 
 
 # ---- Steps of every mode ----

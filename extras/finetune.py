@@ -186,6 +186,7 @@ def make_trainable(
     if settings.full:
         model.float().requires_grad_(True)
     else:
+        model.requires_grad_(False)
         for name in choose_layers(model, settings.targets, settings.projector):
             add_factors(model, name, settings.rank, settings.alpha)
     parameters = model.named_parameters()

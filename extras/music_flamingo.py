@@ -132,8 +132,14 @@ class RotaryTimeEmbedding(nn.Module):
 def read_processor_settings(
     config: dict, processor_config: dict, added_tokens: dict[str, int]
 ) -> dict:
-    """The arguments of `AudioFlamingo3Processor` that differ; {} for Audio Flamingo 3."""
-    if not is_music_flamingo(config):
+    """The arguments of `AudioFlamingo3Processor` that differ; {} for Audio Flamingo 3.
+
+    config: that of the model; {} in a folder that holds only a processor.
+    """
+    is_sibling = is_music_flamingo(config)
+    if not config:
+        is_sibling = processor_config.get("processor_class") == "MusicFlamingoProcessor"
+    if not is_sibling:
         return {}
     begin_token = processor_config.get("audio_bos_token", "<|sound_bos|>")
     end_token = processor_config.get("audio_eos_token", "<|sound_eos|>")

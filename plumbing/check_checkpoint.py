@@ -43,7 +43,6 @@ LARGEST_SIZES = {
     "max_position_embeddings": 1 << 24,
     "rms_norm_eps": 1.0,
     "rope_theta": 1e12,
-    "partial_rotary_factor": 0.5,  # each angle rotates two channels
     "audio_frame_step": 1.0,
 }
 
@@ -59,13 +58,24 @@ def check_model_type(config: dict, path: Path) -> None:
 
 def check_supported(config: dict, path: Path) -> None:
     for key, value in SUPPORTED.items():
-        if config.get(key, value) != value:
+        if config.get(key, value) != value and not is_plain_rope(key, config[key]):
             raise ValueError(f"{path}: {key} is {config[key]!r}; only {value!r} is supported.")
+    layer_types = config.get("layer_types") or []
+    if not isinstance(layer_types, list) or set(map(str, layer_types)) - {"full_attention"}:
+        raise ValueError(f"{path}: layer_types is not full_attention for every layer.")
+
+
+def is_plain_rope(key: str, value) -> bool:
+    """Whether rope_scaling, the older name of rope_parameters, scales nothing."""
+    if key != "rope_scaling" or not isinstance(value, dict):
+        return False
+    return value.get("rope_type", value.get("type", "default")) == "default"
 
 
 def check_section(section: dict, path: Path) -> None:
     """Refuses a section of a config.json that describes another network, or no network."""
     check_supported(section, path)
+    check_rotary_factor(section, path)
     for key, largest in LARGEST_SIZES.items():
         value = section.get(key, largest)
         kinds = (int,) if isinstance(largest, int) else (int, float)
@@ -84,10 +94,24 @@ def check_section(section: dict, path: Path) -> None:
         )
 
 
+def check_rotary_factor(section: dict, path: Path) -> None:
+    """The decoder rotates all channels; rotary time, in Music Flamingo, rotates two per angle."""
+    value = section.get("partial_rotary_factor", 0.2)
+    if section.get("model_type") == "musicflamingo":
+        if type(value) not in (int, float) or not 0 < value <= 0.5:
+            raise ValueError(
+                f"{path}: partial_rotary_factor is {value!r}; float above 0 and up to 0.5 is expected."
+            )
+    elif "partial_rotary_factor" in section and value != 1:
+        raise ValueError(f"{path}: partial_rotary_factor is {value!r}; only 1.0 is supported.")
+
+
 def check_vocabulary(vocab_size, audio_token_id, token_ids: dict[str, int], path: Path) -> None:
+    """Refuses a tokenizer of another model. Rows for ids without a token may follow the others."""
     sound_id = token_ids.get("<sound>")
     without_gaps = set(token_ids.values()) == set(range(len(token_ids)))
-    if vocab_size != len(token_ids) or audio_token_id != sound_id or not without_gaps:
+    has_room = isinstance(vocab_size, int) and vocab_size >= len(token_ids)
+    if not has_room or audio_token_id != sound_id or not without_gaps:
         raise ValueError(
             f"{path}: vocab_size is {vocab_size} and <sound> is {audio_token_id}; "
             f"tokenizer.json beside it has {len(token_ids)} tokens, "
@@ -126,6 +150,10 @@ FEATURE_EXTRACTOR = {
     "feature_size": 128,
     "n_fft": 400,
     "hop_length": 160,
+    "dither": 0,
+    "do_normalize": False,
+    "padding_side": "right",
+    "padding_value": 0,
 }
 
 
@@ -145,12 +173,36 @@ def check_feature_extractor(config: dict, folder: Path) -> None:
                 raise ValueError(f"{key} is {values[key]}; this model's is {value}.")
 
 
+def check_processor_file(config: dict, folder: Path) -> None:
+    """Refuses a processor_config.json of another processor; config: its fields."""
+    check_feature_extractor(config, folder)
+    path = folder / "processor_config.json"
+    if config.get("audio_token", "<sound>") != "<sound>":
+        raise ValueError(f"{path}: audio_token is {config['audio_token']!r}; <sound> is expected.")
+    prompt = config.get("default_transcription_prompt", "")
+    if not isinstance(prompt, str):
+        raise ValueError(f"{path}: default_transcription_prompt is {prompt!r}; text is expected.")
+    check_max_audio_len(config.get("max_audio_len", 600), path)
+
+
 def check_max_audio_len(seconds, path: Path) -> None:
     if not isinstance(seconds, (int, float)) or not 0 < seconds < 1e6:
         raise ValueError(f"{path}: max_audio_len is {seconds!r}; seconds above 0 are expected.")
 
 
 # ---- Tensors ----
+
+
+def names_to_read(names: list[str], folder: Path) -> list[str]:
+    """All names, without a tensor that early Music Flamingo files have and no network reads."""
+    leftover = "audio_tower.pos_emb.freqs"
+    if leftover not in names or not is_music_flamingo(folder):
+        return names
+    return [name for name in names if name != leftover]
+
+
+def is_music_flamingo(folder: Path) -> bool:
+    return read_json(folder / "config.json").get("model_type") == "musicflamingo"
 
 
 def check_is_complete(path: Path) -> None:

@@ -9,13 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from plumbing.transformers_conventions import check_conventions, is_neutral_option
+from plumbing.transformers_conventions import (
+    OTHER_NAMES,
+    check_conventions,
+    is_neutral_option,
+    without_groups,
+)
 
 # ---- The model ----
 
-# The processor's tensors for the audio, and transformers' name for one of them.
+# The processor's tensors for the audio.
 AUDIO_TENSORS = ("input_features", "feature_attention_mask", "window_index")
-OTHER_NAMES = {"input_features_mask": "feature_attention_mask"}
 
 
 def prepare_inputs(
@@ -134,15 +138,18 @@ def check_number(name: str, value, kind: type, smallest: float, largest: float) 
 # ---- The processor: options and prompts ----
 
 
-def check_processor_options(padding_side="left", output_labels=False, **conventions) -> dict:
+def check_processor_options(**options) -> dict:
     """The options of `processor(...)` and `apply_chat_template`, without mere conventions."""
+    options = without_groups(options)
+    padding_side = options.pop("padding_side", "left")
+    output_labels = options.pop("output_labels", False)
     if padding_side not in ("left", "right"):
         raise ValueError(f"padding_side is {padding_side!r}; 'left' or 'right' is expected.")
     if output_labels not in (False, True, "answer"):
         raise ValueError(
             f"output_labels is {output_labels!r}; False, True or 'answer' is expected."
         )
-    check_conventions(conventions)
+    check_conventions(options)
     return {"padding_side": padding_side, "output_labels": output_labels}
 
 

@@ -19,6 +19,13 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def read_fields(path: Path) -> dict:
+    """The fields of a JSON file that are not null; none if there is no file."""
+    if not path.exists():
+        return {}
+    return {key: value for key, value in read_json(path).items() if value is not None}
+
+
 def from_known_keys(cls: type, values: dict):
     """A dataclass, and those in its fields, from a dict that may have other keys, too."""
     known = {}
@@ -35,7 +42,10 @@ def errors_naming(path: Path) -> Iterator[None]:
     """Turns any error inside into a ValueError of one line that names `path`."""
     try:
         yield
-    except Exception as error:
+    except BaseException as error:
+        # tiktoken is written in Rust; its PanicException is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         reason = shorten(str(error))
         if str(path) in reason:
             raise ValueError(reason) from None

@@ -12,6 +12,7 @@ def read_tokenizer(folder: Path) -> dict:
     with errors_naming(path):
         check_merges(content["model"]["merges"], content["model"]["vocab"])
         added_tokens = {token["content"]: token["id"] for token in content["added_tokens"]}
+        check_ids(content["model"]["vocab"], added_tokens)
         special_tokens = [token for token in content["added_tokens"] if token["special"]]
         pattern = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
     return {
@@ -29,7 +30,9 @@ def read_token_ids(folder: Path) -> dict[str, int]:
     tokenizer = read_json(path)
     with errors_naming(path):
         added_tokens = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
-        return {**tokenizer["model"]["vocab"], **added_tokens}
+        vocabulary = tokenizer["model"]["vocab"]
+        check_ids(vocabulary, added_tokens)
+        return vocabulary | added_tokens
 
 
 def read_named_ids(folder: Path, token_ids: dict[str, int]) -> dict[str, int]:
@@ -55,6 +58,18 @@ def check_merges(merges: list, vocabulary: dict[str, int]) -> None:
         first, second = merge.split(" ") if isinstance(merge, str) else merge
         if vocabulary.get(first + second) != 256 + rank:
             raise ValueError(f"merge {rank} does not make token {256 + rank}.")
+
+
+def check_ids(vocabulary: dict[str, int], added_tokens: dict[str, int]) -> None:
+    """Each id belongs to one token, and each byte has a token; otherwise tiktoken would crash."""
+    token_ids = vocabulary | added_tokens
+    token_of = {token_id: token for token, token_id in token_ids.items()}
+    for token, token_id in token_ids.items():
+        if token_of[token_id] != token:
+            raise ValueError(f"{token!r} and {token_of[token_id]!r} have the same id, {token_id}.")
+    num_bytes = sum(len(token) == 1 for token in vocabulary)
+    if num_bytes < 256:
+        raise ValueError(f"only {num_bytes} of the 256 bytes have a token.")
 
 
 def check_named_token(key: str, token, token_ids: dict[str, int], path: Path) -> None:

@@ -45,15 +45,49 @@ class PretrainedModel(nn.Module):
         save_model(self, path)
 
 
-def as_in_transformers(from_pretrained: Callable) -> Callable:
-    """A decorator for the class method: `torch_dtype` is another name of `dtype`, and the model
-    remembers its config.json, to save it again."""
+# Options of transformers' `from_pretrained` that change nothing here, with the values they may have.
+HUB_OPTIONS = {
+    "attn_implementation": (None, "sdpa", "eager"),
+    "force_download": (None, False),
+    "local_files_only": (None, True, False),
+    "low_cpu_mem_usage": (None, True, False),
+    "revision": (None, "main"),
+    "token": (None, True, False),
+    "trust_remote_code": (None, True, False),
+    "use_fast": (None, True),
+    "use_safetensors": (None, True),
+}
+
+
+def check_hub_options(options: dict) -> None:
+    for name, value in options.items():
+        if value not in HUB_OPTIONS.get(name, ()):
+            raise ValueError(f"from_pretrained() has no option {name}={value!r}.")
+
+
+def ignoring_hub_options(from_pretrained: Callable) -> Callable:
+    """A decorator for the class method, which then takes `HUB_OPTIONS`, too."""
 
     @wraps(from_pretrained)
-    def call(cls, path: str | Path, *arguments, torch_dtype=None, **options) -> PretrainedModel:
+    def call(cls, path: str | Path, **options):
+        check_hub_options(options)
+        return from_pretrained(cls, path)
+
+    return call
+
+
+def as_in_transformers(from_pretrained: Callable) -> Callable:
+    """A decorator for the class method: `torch_dtype` is another name of `dtype`, `HUB_OPTIONS` are
+    taken, and the model remembers its config.json, to save it again."""
+
+    @wraps(from_pretrained)
+    def call(
+        cls, path: str | Path, device_map="auto", dtype="auto", torch_dtype=None, **options
+    ) -> PretrainedModel:
+        check_hub_options(options)
         if torch_dtype is not None:
-            options["dtype"] = torch_dtype
-        model = from_pretrained(cls, path, *arguments, **options)
+            dtype = torch_dtype
+        model = from_pretrained(cls, path, device_map, dtype)
         model.source_config = read_json(find_checkpoint(path) / "config.json")
         return model
 
@@ -118,8 +152,33 @@ class FeatureExtractor:
         self.chunk_length = chunk_length  # seconds of a window
 
 
+# transformers' names for tensors that have another name here.
+OTHER_NAMES = {"input_features_mask": "feature_attention_mask"}
+
+
 class Batch(dict):
-    """The model's tensors by name; `batch.input_ids` is `batch["input_ids"]`."""
+    """The model's tensors by name; `batch.input_ids` is `batch["input_ids"]`.
+
+    It answers to transformers' names, too: `batch["input_features_mask"]`.
+    """
+
+    def __getitem__(self, name: str) -> Tensor:
+        return super().__getitem__(OTHER_NAMES.get(name, name))
+
+    def __setitem__(self, name: str, tensor: Tensor) -> None:
+        super().__setitem__(OTHER_NAMES.get(name, name), tensor)
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(OTHER_NAMES.get(name, name))
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(OTHER_NAMES.get(name, name))
+
+    def get(self, name: str, default=None):
+        return super().get(OTHER_NAMES.get(name, name), default)
+
+    def pop(self, name: str, *default):
+        return super().pop(OTHER_NAMES.get(name, name), *default)
 
     def __getattr__(self, name: str) -> Tensor:
         if name not in self:
@@ -127,7 +186,12 @@ class Batch(dict):
         return self[name]
 
     def to(self, device=None, dtype: torch.dtype | None = None) -> "Batch":
-        """The tensors on `device`; `dtype` is for floats only, ids and masks stay integers."""
+        """The tensors on `device`; `dtype` is for floats only, ids and masks stay integers.
+
+        As for a tensor, the dtype may be the only argument.
+        """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
         moved = Batch()
         for name, tensor in self.items():
             if tensor.is_floating_point():
@@ -139,11 +203,36 @@ class Batch(dict):
 
 # Options that may be passed if they say what is always done here.
 CONVENTIONS = {
-    "return_tensors": ["pt"],
-    "tensor_type": ["pt"],
+    "add_special_tokens": [True, False],  # the template has them all
+    "chat_template": [None],
+    "continue_final_message": [False],
+    "documents": [None],
+    "max_length": [None],
+    "pad_to_multiple_of": [None],
     "padding": [True, "longest"],
+    "return_attention_mask": [True],
+    "return_tensors": ["pt"],
     "sampling_rate": [None, 16000],
+    "tensor_type": ["pt"],
+    "tools": [None],
+    "truncation": [None, False],
 }
+
+# Dictionaries of further options.
+GROUPS = ("processor_kwargs", "text_kwargs", "audio_kwargs", "common_kwargs")
+
+
+def without_groups(options: dict) -> dict:
+    """The options of the processor, with those in `GROUPS` among them."""
+    flat = {}
+    for name, value in options.items():
+        if name not in GROUPS:
+            flat[name] = value
+        elif isinstance(value, dict):
+            flat |= without_groups(value)
+        elif value is not None:
+            raise ValueError(f"{name} is {value!r}; a dictionary of options is expected.")
+    return flat
 
 
 def check_conventions(options: dict) -> None:
@@ -164,9 +253,9 @@ def pair_texts_and_audios(text: str | list[str], audio) -> list[tuple]:
 
     text, audio: one or a list.
     """
-    texts = list(text)
-    if isinstance(text, str):
-        texts = [text]
+    texts = [text] if isinstance(text, str) else text
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(each, str) for each in texts):
+        raise ValueError("A prompt or a list of prompts, each a string, is expected.")
     audios = [None] * len(texts)
     if audio is not None:
         audios = list_of_audios(audio)
@@ -179,16 +268,29 @@ def pair_texts_and_audios(text: str | list[str], audio) -> list[tuple]:
 
 def list_of_audios(audio) -> list:
     """A list of recordings, of one or a list of them."""
-    is_single = isinstance(audio, (str, Path, np.ndarray, Tensor))
-    if not is_single:
-        is_single = len(audio) == 0 or isinstance(audio[0], (int, float, np.number))
-    if is_single:
+    if isinstance(audio, (str, Path, np.ndarray, Tensor)):
+        return [audio]
+    if not isinstance(audio, (list, tuple)):
+        raise ValueError(f"A recording or a list of recordings is expected, not {audio!r}.")
+    if not audio:
+        raise ValueError("The list of recordings is empty; at least one is expected.")
+    if isinstance(audio[0], (int, float, np.number)):  # samples
         return [audio]
     return list(audio)
 
 
+def list_of_prompts(prompt: str | list | None, default: str, audios: list) -> list[str]:
+    """The prompts of recordings; `default` replaces None."""
+    prompts = [prompt] * len(audios)
+    if isinstance(prompt, (list, tuple)):
+        prompts = prompt
+    return [default if each is None else each for each in prompts]
+
+
 def list_of_conversations(conversations: list) -> list[list[dict]]:
     """A list of conversations, of one or a list of them."""
+    if not isinstance(conversations, (list, tuple)) or not conversations:
+        raise ValueError("A conversation or a list of conversations is expected.")
     if is_one_conversation(conversations):
         return [conversations]
     return conversations
@@ -202,18 +304,14 @@ def is_one_conversation(conversations: list) -> bool:
 def read_messages(messages: list[dict]) -> list[tuple[str, list[str], list]]:
     """The role of each message, its texts and its recordings, each in order.
 
-    A message whose content is None is skipped.
+    A message whose content is None is an empty turn.
     """
     check_messages(messages)
-    read = []
-    for message in messages:
-        if message["content"] is not None:
-            read.append((message["role"], *split_content(message)))
-    return read
+    return [(message["role"], *split_content(message)) for message in messages]
 
 
 def check_messages(messages: list[dict]) -> None:
-    good = len(messages) > 0
+    good = isinstance(messages, (list, tuple)) and len(messages) > 0
     for message in messages:
         good = good and isinstance(message, dict) and "role" in message and "content" in message
         good = good and isinstance(message["content"], (str, list, type(None)))
@@ -225,6 +323,8 @@ def check_messages(messages: list[dict]) -> None:
 
 def split_content(message: dict) -> tuple[list[str], list]:
     """The texts and the recordings of a message, each in order."""
+    if message["content"] is None:
+        return [], []
     if isinstance(message["content"], str):
         return [message["content"]], []
     texts = []
@@ -234,10 +334,40 @@ def split_content(message: dict) -> tuple[list[str], list]:
         if not isinstance(part, dict):
             fields = {}
         if fields.get("type") == "audio" or "audio" in fields:
-            audios.append(fields.get("path") or fields.get("audio"))
+            audios.append(recording_of(fields, message["role"]))
         elif isinstance(fields.get("text"), str):
             texts.append(fields["text"])
         else:
             role = message["role"]
             raise ValueError(f"A {role} message has a part that is neither text nor audio.")
     return texts, audios
+
+
+def recording_of(part: dict, role: str):
+    """The file or the samples of an audio part. A "url" may be a file, too."""
+    for key in ("path", "audio", "url"):
+        if part.get(key) is not None:
+            return part[key]
+    raise ValueError(f'A {role} message has an audio part without "path" or "audio".')
+
+
+def decodes_rows(decode: Callable) -> Callable:
+    """A decorator for the method, which then takes one id, a row (T,), or rows (B, T) of them.
+
+    For rows, it returns a list of texts.
+    """
+
+    @wraps(decode)
+    def call(self, ids, *arguments, **options) -> str | list[str]:
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids
+        if isinstance(ids, int):
+            ids = [ids]
+        if len(ids) > 0 and not isinstance(ids[0], (int, np.integer)) and is_row(ids[0]):
+            return [call(self, row, *arguments, **options) for row in ids]
+        return decode(self, ids, *arguments, **options)
+
+    return call
+
+
+def is_row(ids) -> bool:
+    return isinstance(ids, (list, tuple)) or getattr(ids, "ndim", 0) > 0

@@ -337,7 +337,7 @@ def test_labels_of_minus_100_are_ignored(model, processor):
 
 
 def test_the_loss_trains_every_parameter(micro, processor):
-    model = from_pretrained(micro, "cpu").requires_grad_(True)
+    model = from_pretrained(micro, "cpu").train()
     model(**run_inputs(processor, "batch.right", output_labels=True)).loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import struct
+from copy import copy
 
 import pytest
 import torch
@@ -174,6 +175,49 @@ def test_merges_out_of_order_or_missing_are_refused(spoiled, merges):
         merges = read_json(path)["model"]["merges"][::-1]
     change_section(path, "model", merges=merges)
     assert "tokenizer.json" in refusal(spoiled)
+
+
+def add_token(folder, token: str, token_id: int) -> None:
+    path = folder / "tokenizer.json"
+    vocabulary = read_json(path)["model"]["vocab"]
+    change_section(path, "model", vocab=vocabulary | {token: token_id})
+
+
+@pytest.mark.parametrize("token, token_id", [("twice", 300), ("twice", 0)])
+def test_two_tokens_with_the_same_id_are_refused(spoiled, token, token_id):
+    add_token(spoiled, token, token_id)
+    message = refusal(spoiled)
+    assert "tokenizer.json" in message
+    assert f"'twice' have the same id, {token_id}" in message
+
+
+def test_two_added_tokens_with_the_same_id_are_refused(spoiled):
+    tokens = read_json(spoiled / "tokenizer.json")["added_tokens"]
+    tokens.append(tokens[-1] | {"content": "<twice>"})
+    change_json(spoiled / "tokenizer.json", added_tokens=tokens)
+    assert "'<twice>' have the same id" in refusal(spoiled)
+
+
+def test_a_byte_without_a_token_is_refused(spoiled):
+    path = spoiled / "tokenizer.json"
+    vocabulary = read_json(path)["model"]["vocab"]
+    del vocabulary["!"]
+    change_section(path, "model", vocab=vocabulary)
+    with pytest.raises(ValueError, match="tokenizer.json: only 255 of the 256 bytes have a token"):
+        AudioFlamingo3Processor.from_pretrained(spoiled)
+
+
+def test_a_panic_of_tiktoken_is_one_line_with_the_file(processor):
+    panic = type("PanicException", (BaseException,), {})
+
+    class Broken:
+        def encode_ordinary(self, text):
+            raise panic("no entry found for key")
+
+    tokenizer = copy(processor.tokenizer)
+    tokenizer.bpe = Broken()
+    with pytest.raises(ValueError, match=r"tokenizer\.json: .*no entry found for key"):
+        tokenizer.encode("a")
 
 
 def test_a_tokenizer_with_a_million_additional_tokens_is_refused(spoiled):

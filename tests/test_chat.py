@@ -72,6 +72,31 @@ def test_the_answer_to_a_later_question_is_that_of_the_whole_conversation_in_one
     assert new_ids == expected.tolist()
 
 
+def test_the_cache_takes_memory_for_what_it_has_read_and_grows(model, processor, monkeypatch):
+    monkeypatch.setattr("extras.chat.FIRST_TOKENS", 64)
+    small = Conversation(processor, model)
+    monkeypatch.setattr("extras.chat.FIRST_TOKENS", 1000)
+    large = Conversation(processor, model)
+    assert (small.cache.keys[0].shape[2], large.cache.keys[0].shape[2]) == (64, 1000)
+    for question, audios in [("One?", [sound(80000)]), ("Two?", []), ("Three?", [sound(32000)])]:
+        options = {"max_new_tokens": 40, "eos_token_id": []}
+        assert ask(small, question, audios, **options) == ask(large, question, audios, **options)
+    assert small.cache.length > 256
+    assert (
+        small.cache.capacity
+        == large.cache.capacity
+        == model.config.text_config.max_position_embeddings
+    )
+
+
+def test_the_cache_never_grows_beyond_the_models_positions(model, processor):
+    limit = model.config.text_config.max_position_embeddings
+    cache = Conversation(processor, model).cache
+    cache.extend(torch.ones(1, limit - 1, dtype=torch.bool))
+    cache.extend(torch.ones(1, 1, dtype=torch.bool))
+    assert cache.keys[0].shape[2] == limit
+
+
 def test_an_end_id_that_the_template_replaces_is_not_penalized_later(
     processor, conversation, monkeypatch
 ):

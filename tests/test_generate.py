@@ -127,6 +127,14 @@ def test_without_a_prompt_speech_is_transcribed_and_an_empty_prompt_is_asked_as_
     assert empty_prompt != transcription
 
 
+def test_without_a_prompt_the_checkpoints_own_transcription_prompt_is_asked(run, clip, spoiled):
+    options = ["--max-new-tokens", 8, "--quiet"]
+    _, asked, _ = run(clip, "Write it down.", *options)
+    change_json(spoiled / "processor_config.json", default_transcription_prompt="Write it down.")
+    _, without_prompt, _ = run(clip, *options, model=spoiled)
+    assert without_prompt == asked
+
+
 def test_a_seed_makes_sampling_repeatable(run, clip):
     options = ["--sample", "--temperature", 2, "--max-new-tokens", 20, "--quiet"]
     _, first, _ = run(clip, "Hi", *options, "--seed", 1)

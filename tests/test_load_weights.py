@@ -250,12 +250,85 @@ def test_a_tokenizer_without_the_sound_token_is_refused(spoiled):
         AudioFlamingo3Processor.from_pretrained(spoiled)
 
 
-def test_a_vocabulary_size_unlike_the_tokenizers_is_refused_with_both_sizes(spoiled):
-    tokenizer = read_json(spoiled / "tokenizer.json")
-    change_json(spoiled / "tokenizer.json", added_tokens=tokenizer["added_tokens"][:-1])
-    size = len(tokenizer["model"]["vocab"]) + len(tokenizer["added_tokens"])
-    with pytest.raises(ValueError, match=rf"vocab_size is {size} .* has {size - 1} tokens"):
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused_with_both_sizes(spoiled, model):
+    size = model.config.text_config.vocab_size
+    change_section(spoiled / "config.json", "text_config", vocab_size=size - 1)
+    with pytest.raises(ValueError, match=rf"vocab_size is {size - 1} .* has {size} tokens"):
         from_pretrained(spoiled)
+
+
+def test_a_tokenizer_with_a_gap_in_its_ids_is_refused(spoiled, model):
+    tokens = read_json(spoiled / "tokenizer.json")["added_tokens"]
+    tokens.append(tokens[-1] | {"id": tokens[-1]["id"] + 5, "content": "<late>"})
+    change_json(spoiled / "tokenizer.json", added_tokens=tokens)
+    size = model.config.text_config.vocab_size
+    change_section(spoiled / "config.json", "text_config", vocab_size=size + 64)
+    with pytest.raises(ValueError, match="vocab_size"):
+        from_pretrained(spoiled)
+
+
+@pytest.fixture
+def padded(spoiled, model):
+    """A checkpoint with 64 ids more than it has tokens; their logits are often the largest."""
+
+    def pad(tensors):
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            weight = tensors[f"language_model.{name}"]
+            tensors[f"language_model.{name}"] = torch.cat([weight, 9 * weight[:64]])
+
+    change_tensors(spoiled, pad)
+    size = model.config.text_config.vocab_size
+    change_section(spoiled / "config.json", "text_config", vocab_size=size + 64)
+    return spoiled
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "repetition_penalty": 1.3}])
+def test_an_id_without_a_token_is_never_generated(padded, model, processor, options):
+    batch = processor(["Hi", "Ho"], [sound(4000), sound(9000)])
+    padded_model = from_pretrained(padded, "cpu")
+    size = model.config.text_config.vocab_size
+    last_logits = padded_model(**batch).logits[:, -1]
+    assert (last_logits.argmax(-1) >= size).any()  # it would be generated
+    ids = padded_model.generate(**batch, max_new_tokens=20, eos_token_id=[], **options)
+    assert ids.max() < size
+
+
+def test_padding_the_vocabulary_does_not_change_the_other_logits(padded, model, processor):
+    batch = processor("Hi", sound(4000))
+    size = model.config.text_config.vocab_size
+    assert torch.equal(
+        from_pretrained(padded, "cpu")(**batch).logits[..., :size], model(**batch).logits
+    )
+
+
+@pytest.mark.parametrize(
+    "section, fields",
+    [
+        ("text_config", {"partial_rotary_factor": 1.0}),
+        ("text_config", {"rope_scaling": {"rope_type": "default"}}),
+        ("text_config", {"rope_scaling": {"type": "default", "factor": 1.0}}),
+        ("text_config", {"layer_types": ["full_attention", "full_attention"]}),
+        ("text_config", {"sliding_window": 4096, "use_sliding_window": False}),
+        ("audio_config", {"scale_embedding": False, "dropout": 0.1}),
+    ],
+)
+def test_a_field_that_changes_nothing_is_accepted(spoiled, model, section, fields):
+    change_section(spoiled / "config.json", section, **fields)
+    assert from_pretrained(spoiled, "cpu").config == model.config
+
+
+def test_a_leftover_tensor_of_early_music_flamingo_files_is_skipped_there_alone(
+    spoiled, music_flamingo, tmp_path
+):
+    def add(tensors):
+        tensors["audio_tower.pos_emb.freqs"] = torch.zeros(4)
+
+    music = shutil.copytree(music_flamingo, tmp_path / "music")
+    change_tensors(music, add)
+    change_tensors(spoiled, add)
+    assert from_pretrained(music, "cpu").rotary_time is not None
+    with pytest.raises(ValueError, match="audio_tower.pos_emb.freqs"):
+        from_pretrained(spoiled, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -265,6 +338,8 @@ def test_a_vocabulary_size_unlike_the_tokenizers_is_refused_with_both_sizes(spoi
         ("text_config", "hidden_act", "gelu", "hidden_act"),
         ("text_config", "rope_parameters", {"rope_type": "yarn"}, "rope_type"),
         ("text_config", "rope_scaling", {"rope_type": "yarn"}, "rope_scaling"),
+        ("text_config", "partial_rotary_factor", 0.5, "partial_rotary_factor"),
+        ("text_config", "layer_types", ["sliding_attention", "full_attention"], "layer_types"),
         ("text_config", "num_hidden_layers", 0, "num_hidden_layers"),
         ("audio_config", "hidden_size", -32, "hidden_size"),
         ("text_config", "hidden_size", "48", "hidden_size"),

@@ -227,7 +227,7 @@ def test_new_factors_change_nothing(model, micro, batch):
 
 
 def test_factors_are_in_float32_over_a_weight_in_the_checkpoints_dtype(micro):
-    model = load(micro).bfloat16()
+    model = load(micro).bfloat16().requires_grad_(False)
     add_factors(model, "language_model.lm_head", rank=2, alpha=6)
     layer = model.language_model.lm_head
     layer.lora_B.data.fill_(1)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from checkpoints import change_json
+from checkpoints import change_json, read_json
 from conftest import TESTS, TINY
 from plumbing.audio_file import load_audio
 from processor import (
@@ -248,6 +248,31 @@ def test_a_finished_template_keeps_its_special_tokens(processor):
     assert batch["input_ids"][0, 0] == processor.start_id
 
 
+@pytest.mark.parametrize("seconds", [5, 30, 70])
+def test_the_text_of_a_chat_template_and_its_recording_give_the_same_as_tokenizing_it(
+    processor, seconds
+):
+    audio = sound(seconds * 16000)
+    chat = conversation(audio, "What is this?")
+    text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    expected = processor.apply_chat_template(chat, add_generation_prompt=True)
+    batch = processor(text, audio)
+    assert batch.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(batch[name], tensor)
+
+
+def test_in_a_finished_template_a_placeholder_for_each_window_is_right_too(processor):
+    one = "<|im_start|>user\n<sound>Hi<|im_end|>\n"
+    three = one.replace("<sound>", "<sound><sound><sound>")
+    audio = sound(70 * 16000)
+    assert torch.equal(processor(three, audio)["input_ids"], processor(one, audio)["input_ids"])
+    with pytest.raises(
+        ValueError, match="found 2 '<sound>' placeholders, but audio was split into 3"
+    ):
+        processor(one.replace("<sound>", "<sound><sound>"), audio)
+
+
 @pytest.mark.parametrize(
     "forged", ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "[PAD]", "<speech>"]
 )
@@ -290,7 +315,6 @@ def test_a_waveform_may_be_an_array_a_tensor_a_list_or_integers(processor):
     [
         (np.zeros(320), "320 samples; at least 321"),
         (np.zeros(0), "0 samples"),
-        ([], "0 samples"),
         (np.full(999, np.nan), "NaN or infinite"),
         (np.full(999, np.inf), "NaN or infinite"),
         (np.full(999, 1e30), "far too large; numbers from -1 to 1"),
@@ -432,10 +456,54 @@ def test_to_casts_only_floats(processor):
     }
 
 
+def test_to_takes_a_dtype_alone(processor):
+    batch = processor("Hi", sound(1600)).to(torch.bfloat16)
+    assert batch["input_features"].dtype == torch.bfloat16
+    assert batch["input_ids"].dtype == torch.int64
+
+
+def test_a_batch_answers_to_transformers_name_of_the_feature_mask(processor):
+    batch = processor("Hi", sound(1600))
+    mask = batch["feature_attention_mask"]
+    assert batch["input_features_mask"] is batch.input_features_mask is mask
+    assert batch.get("input_features_mask") is mask
+    assert "input_features_mask" in batch
+    batch["input_features_mask"] = mask + 0
+    assert batch["feature_attention_mask"] is not mask
+    assert list(batch).count("feature_attention_mask") == 1
+    assert batch.pop("input_features_mask") is not mask
+    assert "feature_attention_mask" not in batch
+
+
 def test_the_tensors_of_a_batch_are_attributes_too(processor):
     batch = processor("Hi", sound(1600))
     assert batch.input_ids is batch["input_ids"]
     assert not hasattr(batch, "labels")
+
+
+@pytest.mark.parametrize("group", ["processor_kwargs", "text_kwargs", "common_kwargs"])
+def test_options_may_come_in_the_groups_of_transformers(processor, group):
+    chat = conversation(sound(1600), "Hi")
+    expected = processor.apply_chat_template(chat, output_labels=True, padding_side="right")
+    options = {"output_labels": True, "padding_side": "right", "audio_kwargs": {"padding": True}}
+    batch = processor.apply_chat_template(chat, **{group: options})
+    assert torch.equal(batch["labels"], expected["labels"])
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        ({"processor_kwargs": {"max_length": 5}}, "max_length=5"),
+        ({"audio_kwargs": {"sampling_rate": 8000}}, "sampling_rate is 8000"),
+        ({"text_kwargs": {"truncation": True}}, "truncation=True"),
+        ({"text_kwargs": 5}, "text_kwargs is 5"),
+        ({"tools": ["search"]}, r"tools=\['search'\]"),
+        ({"continue_final_message": True}, "continue_final_message=True"),
+    ],
+)
+def test_an_option_without_a_meaning_here_is_refused_by_name(processor, options, named):
+    with pytest.raises(ValueError, match=named):
+        processor.apply_chat_template([{"role": "user", "content": "Hi"}], **options)
 
 
 def test_options_with_the_only_supported_value_are_accepted_and_others_refused(processor):
@@ -494,8 +562,17 @@ def test_without_tokenizing_no_audio_is_loaded(processor):
     assert processor.apply_chat_template([chat, chat], tokenize=False) == [expected, expected]
 
 
-def test_no_conversations_have_no_text(processor):
-    assert processor.apply_chat_template([], tokenize=False) == []
+@pytest.mark.parametrize("conversations", [[], [[]], None, "Hi", 5, {"role": "user"}])
+@pytest.mark.parametrize("tokenize", [True, False])
+def test_what_is_no_conversation_is_refused(processor, conversations, tokenize):
+    with pytest.raises(ValueError, match="conversation"):
+        processor.apply_chat_template(conversations, tokenize=tokenize)
+
+
+@pytest.mark.parametrize("text", [None, 5, [], [None], ["Hi", 5]])
+def test_what_is_no_prompt_is_refused(processor, text):
+    with pytest.raises(ValueError, match="prompt"):
+        processor(text)
 
 
 def test_the_options_of_a_chat_template_are_keywords(processor):
@@ -503,11 +580,20 @@ def test_the_options_of_a_chat_template_are_keywords(processor):
         processor.apply_chat_template([{"role": "user", "content": "Hi"}], False)
 
 
-def test_a_message_without_content_is_skipped(processor):
-    question = {"role": "user", "content": "Hi"}
-    unanswered = [question, {"role": "assistant", "content": None}]
-    text = processor.apply_chat_template(unanswered, tokenize=False)
-    assert text == processor.apply_chat_template([question], tokenize=False)
+@pytest.mark.parametrize("content", [None, "", []])
+def test_a_message_without_content_is_an_empty_turn(processor, content):
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": content}]
+    text = processor.apply_chat_template(chat, tokenize=False)
+    turns = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<|im_end|>\n"
+    assert text == SYSTEM_TURN + turns
+
+
+@pytest.mark.parametrize(
+    "part", [{"type": "audio"}, {"type": "audio", "path": None}, {"audio": None}]
+)
+def test_an_audio_part_without_a_recording_is_refused(processor, part):
+    with pytest.raises(ValueError, match='an audio part without "path" or "audio"'):
+        processor.apply_chat_template([{"role": "user", "content": [part]}])
 
 
 @pytest.mark.parametrize(
@@ -548,6 +634,50 @@ def test_a_transcription_request_may_have_another_prompt(processor):
     assert "Hi<|im_end|>" in decode_row(processor, request)
 
 
+def test_in_a_transcription_request_none_among_prompts_is_the_default(processor):
+    audio = sound(1600)
+    request = processor.apply_transcription_request([audio, audio], prompt=[None, "Hi"])
+    default = processor.apply_transcription_request(audio)
+    assert torch.equal(request["input_ids"][:1], default["input_ids"])
+    assert "Hi<|im_end|>" in decode_row(processor, request, 1)
+
+
+@pytest.mark.parametrize(
+    "audios, prompt, named",
+    [
+        (1, 5, "prompts, each a string"),
+        (1, [], "Got 0 texts but 1 audios"),
+        (2, ["Hi"], "Got 1 texts but 2 audios"),
+        (2, [None, 5], "prompts, each a string"),
+        (0, None, "list of recordings is empty"),
+    ],
+)
+def test_a_transcription_request_that_makes_no_sense_is_refused(processor, audios, prompt, named):
+    with pytest.raises(ValueError, match=named):
+        processor.apply_transcription_request([sound(1600)] * audios, prompt=prompt)
+
+
+def test_a_checkpoint_may_have_its_own_transcription_prompt(spoiled):
+    change_json(spoiled / "processor_config.json", default_transcription_prompt="Write it down.")
+    processor = AudioFlamingo3Processor.from_pretrained(spoiled)
+    request = processor.apply_transcription_request(sound(1600))
+    assert "Write it down.<|im_end|>" in decode_row(processor, request)
+
+
+# ---- Decoding ----
+
+
+def test_rows_of_ids_become_a_list_of_texts(processor):
+    ids = torch.tensor([[72, 73], [74, 75]])
+    texts = [processor.decode(ids[0]), processor.decode(ids[1])]
+    for rows in (ids, ids.numpy(), ids.tolist(), [*ids]):
+        assert processor.decode(rows) == processor.batch_decode(rows) == texts
+
+
+def test_a_single_id_has_a_text(processor):
+    assert processor.decode(72) == processor.decode(torch.tensor(72)) == processor.decode([72])
+
+
 # ---- The files of a processor ----
 
 
@@ -556,6 +686,64 @@ def test_a_field_of_another_feature_extractor_is_reported(spoiled):
     message = r"processor_config\.json: hop_length is 200; this model's is 160"
     with pytest.raises(ValueError, match=message):
         AudioFlamingo3Processor.from_pretrained(spoiled)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("dither", 1e-4), ("do_normalize", True), ("padding_side", "left"), ("padding_value", 1.0)],
+)
+def test_a_field_that_changes_the_features_is_reported(spoiled, field, value):
+    extractor = read_json(spoiled / "processor_config.json")["feature_extractor"]
+    change_json(spoiled / "processor_config.json", feature_extractor=extractor | {field: value})
+    with pytest.raises(ValueError, match=rf"processor_config\.json: {field} is {value}"):
+        AudioFlamingo3Processor.from_pretrained(spoiled)
+
+
+@pytest.mark.parametrize(
+    "field, value", [("audio_token", "<audio>"), ("default_transcription_prompt", 5)]
+)
+def test_a_field_of_another_processor_is_reported(spoiled, field, value):
+    change_json(spoiled / "processor_config.json", **{field: value})
+    with pytest.raises(ValueError, match=rf"processor_config\.json: {field} is "):
+        AudioFlamingo3Processor.from_pretrained(spoiled)
+
+
+def template_with(message: str) -> str:
+    """The template in tiny/, with another system message."""
+    template = (TINY / "chat_template.jinja").read_text(encoding="utf-8")
+    return template.replace("You are a helpful assistant.", message)
+
+
+def test_the_system_message_is_read_from_each_place_that_may_have_a_template(spoiled):
+    def system_message():
+        return AudioFlamingo3Processor.from_pretrained(spoiled).system_message
+
+    (spoiled / "chat_template.jinja").write_text(template_with("C"))
+    assert system_message() == "C"
+    (spoiled / "chat_template.json").write_text(json.dumps({"chat_template": template_with("B")}))
+    assert system_message() == "B"
+    change_json(spoiled / "processor_config.json", chat_template=template_with("A"))
+    assert system_message() == "A"
+
+
+BEFORE_TURNS = "<|im_start|>system\nS<|im_end|>\n{% for m in messages %}<|im_start|>{{ m.role }}\n"
+IN_ORDER = """{% for c in m.content %}{% if c.type == 'audio' %}<sound>{% else %}{{ c.text }}
+{% endif %}{% endfor %}<|im_end|>{% endfor %}"""
+TEXT_FIRST = "{{ text }}{% if audio %}{{ '<sound>' }}{% endif %}<|im_end|>{% endfor %}{{ more }}"
+AUDIO_FIRST = "{% if audio %}{{ '<sound>' }}{% endif %}{{ text }}<|im_end|>{% endfor %}"
+
+
+@pytest.mark.parametrize("turn", [IN_ORDER, TEXT_FIRST])
+def test_a_template_that_orders_text_and_audio_otherwise_is_refused(spoiled, turn):
+    (spoiled / "chat_template.jinja").write_text(BEFORE_TURNS + turn)
+    with pytest.raises(ValueError, match="chat_template.jinja: .* audio before text"):
+        AudioFlamingo3Processor.from_pretrained(spoiled)
+
+
+@pytest.mark.parametrize("turn", [AUDIO_FIRST, "{{ m.content }}<|im_end|>{% endfor %}"])
+def test_a_template_with_audio_before_text_or_without_audio_is_read(spoiled, turn):
+    (spoiled / "chat_template.jinja").write_text(BEFORE_TURNS + turn)
+    assert AudioFlamingo3Processor.from_pretrained(spoiled).system_message == "S"
 
 
 def test_a_flat_preprocessor_config_is_read_too(spoiled):
