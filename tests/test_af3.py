@@ -19,6 +19,7 @@ from af3 import (
     penalize_repetition,
     splice,
 )
+from processor import AudioFlamingo3Processor
 from signals import CASES, TEXT, conversation, sound
 
 from_pretrained = AudioFlamingo3ForConditionalGeneration.from_pretrained
@@ -602,6 +603,38 @@ def test_features_without_their_mask_are_refused(model, processor):
     del batch["feature_attention_mask"]
     with pytest.raises(ValueError, match="input_features and feature_attention_mask are expected"):
         model(**batch)
+
+
+@pytest.mark.parametrize(
+    "options", [{"output_labels": True}, {"processor_kwargs": {"output_labels": True}}]
+)
+def test_the_published_training_example_runs(micro, processor, options):
+    model = from_pretrained(micro, device_map="cpu")
+    model.train()
+    chat = conversation(sound(9000), "What sound is this?")
+    batch = processor.apply_chat_template(
+        [chat], tokenize=True, add_generation_prompt=True, return_dict=True, **options
+    ).to(model.device)
+    loss = model(**batch).loss
+    loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_options_of_loading_that_change_nothing_are_taken(micro, model):
+    options = {"attn_implementation": "sdpa", "trust_remote_code": True, "low_cpu_mem_usage": True}
+    loaded = from_pretrained(micro, device_map="cpu", **options)
+    assert loaded.config == model.config
+    assert AudioFlamingo3Processor.from_pretrained(micro, trust_remote_code=True)
+
+
+@pytest.mark.parametrize("load", [from_pretrained, AudioFlamingo3Processor.from_pretrained])
+@pytest.mark.parametrize(
+    "option, value",
+    [("attn_implementation", "flash_attention_2"), ("revision", "v2"), ("load_in_8bit", True)],
+)
+def test_other_options_of_loading_are_refused_by_name(micro, load, option, value):
+    with pytest.raises(ValueError, match=f"no option {option}="):
+        load(micro, **{option: value})
 
 
 def test_an_unknown_option_is_refused_with_the_known_ones(model, processor):
