@@ -20,6 +20,7 @@ from load_weights import TRANSFORMERS_5_NAMES, model_name
 from plumbing.check_adapter import (
     check_adapter_config,
     check_agree,
+    check_is_not_empty,
     check_pair,
     check_places,
     check_rank,
@@ -295,11 +296,15 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
     path = folder / "adapter_model.safetensors"
     older = folder / "adapter_model.bin"
     if older.exists() and not path.exists():  # as in peft
-        return tensors | read_pickle(older)
-    check_exists(path)
+        path = older
+        factors = read_pickle(path)
+    else:
+        check_exists(path)
+        with errors_naming(path):
+            factors = load_file(path)
+            check_tensors(factors)
     with errors_naming(path):
-        factors = load_file(path)
-        check_tensors(factors)
+        check_is_not_empty(factors)
     return tensors | factors
 
 

@@ -136,8 +136,6 @@ def shown(value) -> str:
 
 def check_tensors(tensors: dict) -> None:
     """Refuses anything in an adapter's file but named tensors of finite floating-point numbers."""
-    if not tensors:
-        raise ValueError("no tensors inside.")
     for name, tensor in tensors.items():
         if not isinstance(name, str):
             raise ValueError(f"{name!r} is expected to be the name of a tensor.")
@@ -145,6 +143,11 @@ def check_tensors(tensors: dict) -> None:
             raise ValueError(f"{name} is expected to be a floating-point tensor.")
         if not tensor.float().isfinite().all():
             raise ValueError(f"{name} has values that are infinite or not a number.")
+
+
+def check_is_not_empty(factors: dict) -> None:
+    if not factors:
+        raise ValueError("no tensors inside; the adapter is not complete.")
 
 
 def check_places(places: dict[str, str], weights: dict[str, Tensor]) -> None:

@@ -115,9 +115,13 @@ def test_a_merged_model_can_be_quantized(checkpoint, batch):
     assert 0 < (logits - expected).norm() < 0.05 * expected.norm()
 
 
-def test_an_adapter_of_factors_alone_needs_no_other_file(checkpoint, tmp_path):
+@pytest.mark.parametrize("empty_file", [False, True])
+def test_an_adapter_of_factors_alone_needs_no_other_file(checkpoint, tmp_path, empty_file):
     folder = shutil.copytree(checkpoint / "think", tmp_path / "adapter")
-    (folder / OTHERS).unlink()
+    if empty_file:
+        torch.save({}, folder / OTHERS)
+    else:
+        (folder / OTHERS).unlink()
     merged = merge_adapter(load(checkpoint), folder)
     think_weights = load_merged(checkpoint).state_dict()
     others = torch.load(checkpoint / "think" / OTHERS)
@@ -176,7 +180,7 @@ def test_a_weight_of_an_earlier_adapter_is_not_replaced_by_another(checkpoint, m
         merge_adapter(earlier, checkpoint / "think")
     assert_same_tensors(earlier, merge_adapter(load(micro), tmp_path))
     both = merge_adapter(merge_adapter(load(micro), checkpoint / "think"), tmp_path)
-    assert not torch.equal(both.language_model.lm_head.weight, whole.popitem()[1])
+    assert both.language_model.lm_head.weight.abs().max() > 0.1  # the zeros and an update
 
 
 def test_an_adapter_of_one_dtype_is_merged_into_a_model_of_another(checkpoint):
