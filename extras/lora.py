@@ -7,7 +7,9 @@ the weights, so the model is as fast as without it.
 """
 
 import math
+import re
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from load_weights import TRANSFORMERS_5_NAMES, model_name
+from plumbing.check_adapter import (
+    check_adapter_config,
+    check_agree,
+    check_is_not_empty,
+    check_pair,
+    check_places,
+    check_rank,
+    check_saved_modules,
+    check_shape,
+    check_tensors,
+)
 from plumbing.find_checkpoint import find_checkpoint
 from plumbing.json_file import check_exists, check_is_file, errors_naming, read_json
 from plumbing.save_checkpoint import new_files, write_json
@@ -26,6 +39,14 @@ DECODER_LINEARS = (
 HEAD = "lm_head"  # for answers in words that the model rarely generates
 
 OTHERS = "non_lora_trainables.bin"  # tensors trained in full, besides the factors
+
+# The name of a tensor in an adapter is that of a layer, between this prefix and one of the suffixes
+# of A and B. An embedding has the second pair.
+PREFIX = "base_model.model."  # peft wraps the model twice
+FACTORS = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B"))
+
+# Beside the factors of these, peft saves a copy of their weight.
+EMBEDDINGS = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
 
 
 # ---- Layers to train ----
@@ -88,8 +109,8 @@ def save_adapter(model: nn.Module, output: str | Path, base_model: str | None = 
         if isinstance(module, LoraLinear):
             layer = transformers_name(name)
             layers.append(layer)
-            tensors[f"base_model.model.{layer}.lora_A.weight"] = module.lora_A.detach().cpu()
-            tensors[f"base_model.model.{layer}.lora_B.weight"] = module.lora_B.detach().cpu()
+            tensors[f"{PREFIX}{layer}.lora_A.weight"] = module.lora_A.detach().cpu()
+            tensors[f"{PREFIX}{layer}.lora_B.weight"] = module.lora_B.detach().cpu()
             config |= {"r": module.rank, "lora_alpha": module.alpha}
     config |= {"target_modules": layers, "inference_mode": True}
     with new_files(output) as folder:
@@ -123,12 +144,22 @@ def find_think_adapter(path: str | Path) -> Path:
     return think
 
 
+class Pair(NamedTuple):
+    """A layer's two factors: its name and theirs, in the adapter's file."""
+
+    layer: str
+    a: str
+    b: str
+
+
+@torch.no_grad()
 def merge_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     """Merges the adapter in a directory, in the format of `peft`, into the model's weights.
 
     The sum is computed in float32 and rounded once, to the weight's dtype. Tensors trained in full
-    (in non_lora_trainables.bin, if it exists) replace the model's own. Returns the model. Raises
-    FileNotFoundError, or ValueError, for example for tensors that have no place in the model.
+    (for example in non_lora_trainables.bin, if it exists) replace the model's own. Returns the
+    model. Raises FileNotFoundError, or ValueError, for example for an unsupported variant of LoRA,
+    or for tensors that have no place in the model; the model is then unchanged.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -140,66 +171,147 @@ def merge_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     check_adapter_config(config, config_path)
     tensors = read_adapter(folder)
     weights = model.state_dict()
+    earlier = getattr(model, "before_adapters", {})  # the weights that other adapters changed
     with errors_naming(folder):
-        names = {merged_name(name): name for name in tensors}  # the model's name -> the adapter's
-        tensors = {merged_name(name): tensor for name, tensor in tensors.items()}
-        for name, weight in weights.items():
-            layer = name.removesuffix("weight")
-            if f"{layer}lora_A.weight" in tensors and f"{layer}lora_B.weight" in tensors:
-                a = tensors.pop(f"{layer}lora_A.weight").float()  # (rank, in)
-                b = tensors.pop(f"{layer}lora_B.weight").float()  # (out, rank)
-                scale = lora_scale(config, rank=len(a))
-                whole = tensors.get(name, weight).float()
-                tensors[name] = torch.addmm(whole, b, a, alpha=scale).to(weight.dtype)
-        for name in tensors:
-            if name in weights:
-                tensors[name] = tensors[name].to(weights[name])
-        result = model.load_state_dict(tensors, strict=False, assign=True)
-    unplaced = [names[name] for name in result.unexpected_keys]
-    if unplaced:
-        raise ValueError(f"{folder}: no place in the model for {', '.join(unplaced)}.")
+        whole, pairs = find_places(tensors)
+        check_places(whole, weights)
+        check_places({name: pair.a for name, pair in pairs.items()}, weights)
+        check_saved_modules(config, whole)
+        bases = {name: weights[name] for name in pairs}  # what the updates are added to
+        for name, source in whole.items():
+            check_shape(source, tensors[source], weights[name].shape)
+            bases[name] = replacement(name, tensors[source], weights[name], earlier)
+        merged = {}
+        for name, base in bases.items():
+            if name in pairs:
+                base = add_update(base, pairs[name], tensors, config)
+            merged[name] = base.to(weights[name])
+
+    # Nothing above changes the model, and nothing below fails.
+    model.load_state_dict(merged, strict=False, assign=True)
+    originals = {name: base if name in EMBEDDINGS else None for name, base in bases.items()}
+    model.before_adapters = originals | earlier
     return model.requires_grad_(False)
 
 
+def find_places(tensors: dict[str, Tensor]) -> tuple[dict[str, str], dict[str, Pair]]:
+    """The tensors that replace a weight, and the pairs of factors whose product is added to one.
+
+    Both by the model's name of the weight.
+    """
+    whole = {}
+    pairs = {}
+    for name, tensor in tensors.items():
+        pair = find_pair(name)
+        if pair is not None:
+            check_pair(pair.a, pair.b, tensors)
+            place = merged_name(f"{pair.layer}.weight")
+            other = pairs.setdefault(place, pair)
+            check_agree(pair.layer, other.layer, pair == other)
+        elif not is_frozen_copy(name, tensors):
+            place = merged_name(name)
+            other = whole.setdefault(place, name)
+            check_agree(name, other, torch.equal(tensor, tensors[other]))
+    return whole, pairs
+
+
+def find_pair(name: str) -> Pair | None:
+    """The pair of factors to which a tensor of this name belongs."""
+    for end_of_a, end_of_b in FACTORS:
+        if name.endswith((end_of_a, end_of_b)):
+            layer = name.removesuffix(end_of_a).removesuffix(end_of_b)
+            return Pair(layer, layer + end_of_a, layer + end_of_b)
+    return None
+
+
+def is_frozen_copy(name: str, tensors: dict[str, Tensor]) -> bool:
+    """Whether this is the original of a tensor that was trained, and is in the file, too."""
+    trained = name.replace(".original_module.", ".modules_to_save.")
+    return trained != name and trained in tensors
+
+
 def merged_name(name: str) -> str:
-    """The model's name for a tensor of an adapter; .base_layer. marks the weight beside factors."""
-    name = name.removeprefix("base_model.model.")  # peft wraps the model twice
-    return model_name(name).replace(".base_layer.", ".")
+    """The model's name for a tensor of an adapter, without what peft adds to it."""
+    name = model_name(name.removeprefix(PREFIX))
+    name = name.replace(".base_layer.", ".")  # the weight beside factors
+    return name.replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".")
 
 
-def lora_scale(config: dict, rank: int) -> float:
-    """lora_alpha / rank, or lora_alpha / sqrt(rank) for a rank-stabilized adapter."""
-    if config.get("use_rslora"):
-        return config["lora_alpha"] / rank**0.5
-    return config["lora_alpha"] / rank
+def replacement(name: str, tensor: Tensor, weight: Tensor, earlier: dict) -> Tensor:
+    """What replaces a weight: a tensor of the adapter, unless it is only a copy of the original.
+
+    Such a copy must not undo what an earlier adapter changed. Any other tensor cannot be combined
+    with an earlier adapter: ValueError.
+    """
+    tensor = tensor.to(weight.device)
+    if name not in earlier or torch.equal(tensor.to(weight), weight):
+        return tensor
+    original = earlier[name]
+    if original is None or not torch.equal(tensor.to(original), original):
+        raise ValueError(
+            f"{name} was changed by an earlier adapter, and would be replaced; merge this one first."
+        )
+    return weight
+
+
+def add_update(base: Tensor, pair: Pair, tensors: dict[str, Tensor], config: dict) -> Tensor:
+    """A weight plus scale * B @ A, in float32."""
+    a = tensors[pair.a].to(base.device).float()  # (rank, in), of a convolution (rank, in, kernel)
+    b = tensors[pair.b].to(base.device).float()  # (out, rank), of a convolution (out, rank, 1)
+    rank = len(a) if a.dim() > 0 else 0
+    if pair.a.endswith(".weight"):
+        check_shape(pair.a, a, (rank, *base.shape[1:]))
+        check_shape(pair.b, b, (len(base), rank, *[1] * (base.dim() - 2)))
+    else:
+        check_shape(pair.a, a, (rank, len(base)))
+        check_shape(pair.b, b, (base.shape[1], rank))
+        a, b = b.T, a.T  # the weight of an embedding is (in, out)
+    scale = lora_scale(config, pair.layer.removeprefix(PREFIX), rank)
+    update = torch.addmm(base.float().flatten(1), b.flatten(1), a.flatten(1), alpha=scale)
+    return update.view(base.shape)
+
+
+def lora_scale(config: dict, layer: str, rank: int) -> float:
+    """A layer's alpha / rank, or alpha / sqrt(rank) if the adapter is rank-stabilized."""
+    check_rank(layer, rank, value_for_layer(config.get("rank_pattern"), layer, config.get("r", 8)))
+    alpha = value_for_layer(config.get("alpha_pattern"), layer, config["lora_alpha"])
+    return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+
+
+def value_for_layer(patterns: dict | None, layer: str, default):
+    """The value of the first pattern that matches a layer's name, or its end after a dot.
+
+    This is peft's rule. peft sorts the patterns when it saves them.
+    """
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", layer):
+            return value
+    return default
 
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:
     """Reads the tensors of an adapter's one or two files, under their names in the files."""
-    tensors = {}
     path = folder / OTHERS
-    check_is_file(path)
-    if path.exists():
-        with errors_naming(path):
-            # A pickle can run code when it is loaded. weights_only allows only tensors.
-            tensors = dict(torch.load(path, map_location="cpu", weights_only=True))
-            check_floating_point(tensors)
+    tensors = read_pickle(path) if path.exists() else {}
     path = folder / "adapter_model.safetensors"
-    check_is_file(path)
+    older = folder / "adapter_model.bin"
+    if older.exists() and not path.exists():  # as in peft
+        path = older
+        factors = read_pickle(path)
+    else:
+        check_exists(path)
+        with errors_naming(path):
+            factors = load_file(path)
+            check_tensors(factors)
     with errors_naming(path):
-        factors = load_file(path)
-        check_floating_point(factors)
+        check_is_not_empty(factors)
     return tensors | factors
 
 
-def check_adapter_config(config: dict, path: Path) -> None:
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    check_is_file(path)
     with errors_naming(path):
-        alpha = float(config["lora_alpha"])
-    if not 0 < alpha < 1e9 or config.get("alpha_pattern"):
-        raise ValueError(f"{path}: lora_alpha above 0, and no alpha_pattern, is expected.")
-
-
-def check_floating_point(tensors: dict[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            raise ValueError(f"{name} is expected to be a floating-point tensor.")
+        # A pickle can run code when it is loaded. weights_only allows only tensors.
+        tensors = dict(torch.load(path, map_location="cpu", weights_only=True))
+        check_tensors(tensors)
+    return tensors

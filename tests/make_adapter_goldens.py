@@ -5,6 +5,7 @@
 
 It saves an adapter as extras/finetune.py does, loads it with peft into transformers' model, and
 records the logits, and also the names of the tensors that peft itself saves for such an adapter.
+It does the same with other fields in adapter_config.json.
 Then it saves tiny/ with save_pretrained, loaded from either layout, and asserts that transformers
 gives the same answer with the saved checkpoint.
 """
@@ -24,7 +25,7 @@ from transformers import AutoProcessor
 TESTS = Path(__file__).resolve().parent
 TINY = TESTS.parent / "tiny"
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
-from adapters import with_factors
+from adapters import VARIATIONS, save_variation, with_factors
 from af3 import AudioFlamingo3ForConditionalGeneration
 from checkpoints import write_original
 from extras.lora import save_adapter
@@ -50,6 +51,19 @@ def adapter_goldens(checkpoint: Path, folder: Path) -> dict[str, np.ndarray]:
     with torch.no_grad():
         logits = model(**batch).logits[0, ::29]
     return {"logits": logits.numpy(), "names": np.array(names_of_peft(checkpoint, folder))}
+
+
+def variation_goldens(checkpoint: Path, folder: Path) -> dict[str, np.ndarray]:
+    """The logits of the last position, with each variation of the adapter."""
+    batch = make_batch(AutoProcessor.from_pretrained(checkpoint), [80000])
+    goldens = {}
+    for name in VARIATIONS:
+        save_variation(checkpoint, folder / name, name)
+        oracle = Oracle.from_pretrained(checkpoint, dtype=torch.float32)
+        model = PeftModel.from_pretrained(oracle, folder / name).eval()
+        with torch.no_grad():
+            goldens[name] = model(**batch).logits[0, -1].numpy()
+    return goldens
 
 
 def names_of_peft(checkpoint: Path, folder: Path) -> list[str]:
@@ -88,7 +102,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "micro").mkdir()
-        goldens = adapter_goldens(copy_micro(folder / "micro"), folder / "adapter")
+        micro = copy_micro(folder / "micro")
+        goldens = adapter_goldens(micro, folder / "adapter")
+        goldens |= variation_goldens(micro, folder)
         np.savez_compressed(TESTS / "adapter_goldens.npz", **goldens)
         write_original(TINY, folder / "original")
         assert_same_answer(TINY, folder / "from_hub_layout")
