@@ -181,15 +181,17 @@ def merge_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         for name, source in whole.items():
             check_shape(source, tensors[source], weights[name].shape)
             bases[name] = replacement(name, tensors[source], weights[name], earlier)
-        merged = {}
-        for name, base in bases.items():
-            if name in pairs:
-                base = add_update(base, pairs[name], tensors, config)
-            merged[name] = base.to(weights[name])
+        for name, pair in pairs.items():
+            check_factors(bases[name], pair, tensors, config)
 
-    # Nothing above changes the model, and nothing below fails.
-    model.load_state_dict(merged, strict=False, assign=True)
-    originals = {name: base if name in EMBEDDINGS else None for name, base in bases.items()}
+    # Nothing above changes the model, and nothing below is refused. One weight at a time: a copy of
+    # all that change could be as large as the model.
+    originals = {}
+    for name, base in bases.items():
+        originals[name] = base.clone() if name in EMBEDDINGS else None
+        if name in pairs:
+            base = add_update(base, pairs[name], tensors, config)
+        weights[name].copy_(base)
     model.before_adapters = originals | earlier
     return model.requires_grad_(False)
 
@@ -254,26 +256,34 @@ def replacement(name: str, tensor: Tensor, weight: Tensor, earlier: dict) -> Ten
     return weight
 
 
-def add_update(base: Tensor, pair: Pair, tensors: dict[str, Tensor], config: dict) -> Tensor:
-    """A weight plus scale * B @ A, in float32."""
-    a = tensors[pair.a].to(base.device).float()  # (rank, in), of a convolution (rank, in, kernel)
-    b = tensors[pair.b].to(base.device).float()  # (out, rank), of a convolution (out, rank, 1)
+def check_factors(base: Tensor, pair: Pair, tensors: dict[str, Tensor], config: dict) -> None:
+    """Refuses factors that do not fit their weight, or whose rank is not that of the adapter."""
+    a, b = tensors[pair.a], tensors[pair.b]
     rank = len(a) if a.dim() > 0 else 0
     if pair.a.endswith(".weight"):
         check_shape(pair.a, a, (rank, *base.shape[1:]))
         check_shape(pair.b, b, (len(base), rank, *[1] * (base.dim() - 2)))
-    else:
+    else:  # an embedding
         check_shape(pair.a, a, (rank, len(base)))
         check_shape(pair.b, b, (base.shape[1], rank))
+    layer = pair.layer.removeprefix(PREFIX)
+    expected = value_for_layer(config.get("rank_pattern"), layer, config.get("r", 8))
+    check_rank(layer, rank, expected)
+
+
+def add_update(base: Tensor, pair: Pair, tensors: dict[str, Tensor], config: dict) -> Tensor:
+    """A weight plus scale * B @ A, in float32."""
+    a = tensors[pair.a].to(base.device).float()  # (rank, in), of a convolution (rank, in, kernel)
+    b = tensors[pair.b].to(base.device).float()  # (out, rank), of a convolution (out, rank, 1)
+    scale = lora_scale(config, pair.layer.removeprefix(PREFIX), rank=len(a))
+    if not pair.a.endswith(".weight"):
         a, b = b.T, a.T  # the weight of an embedding is (in, out)
-    scale = lora_scale(config, pair.layer.removeprefix(PREFIX), rank)
     update = torch.addmm(base.float().flatten(1), b.flatten(1), a.flatten(1), alpha=scale)
     return update.view(base.shape)
 
 
 def lora_scale(config: dict, layer: str, rank: int) -> float:
     """A layer's alpha / rank, or alpha / sqrt(rank) if the adapter is rank-stabilized."""
-    check_rank(layer, rank, value_for_layer(config.get("rank_pattern"), layer, config.get("r", 8)))
     alpha = value_for_layer(config.get("alpha_pattern"), layer, config["lora_alpha"])
     return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
 

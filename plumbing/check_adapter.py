@@ -153,7 +153,7 @@ def check_is_not_empty(factors: dict) -> None:
 def check_places(places: dict[str, str], weights: dict[str, Tensor]) -> None:
     """Refuses tensors for which the model has no weight.
 
-    places: the adapter's name for a tensor, by the model's name of the weight that it changes. for a tensor, by the model's name of the weight that it changes.
+    places: the adapter's name for a tensor, by the model's name of the weight that it changes.
     """
     unplaced = [name for place, name in places.items() if place not in weights]
     if unplaced:
