@@ -1,4 +1,8 @@
-"""A long prompt in parts, which limits the memory of the decoder."""
+"""A long prompt in parts, which limits the memory of the decoder.
+
+Where no fused attention exists, for example in float32 on a GPU, all scores of a part are in memory
+at once: of 4096 tokens and 28 heads, 1.9 GB. Of ten minutes in one part, it would be 26 GB.
+"""
 
 from torch import Tensor
 

@@ -547,8 +547,8 @@ def test_several_recordings_come_in_order_before_the_text_of_their_turn(processo
     assert batch["feature_attention_mask"].sum(-1).tolist() == [10, 20, 30]
 
 
-@pytest.mark.parametrize("key", ["path", "audio"])
-def test_the_key_of_a_file_may_be_path_or_audio(processor, tmp_path, key):
+@pytest.mark.parametrize("key", ["path", "audio", "url"])
+def test_the_key_of_a_file_may_be_path_audio_or_url(processor, tmp_path, key):
     path = write_wav(tmp_path / "a.wav", sound(16000))
     message = {"role": "user", "content": [{"type": "audio", key: str(path)}]}
     batch = processor.apply_chat_template([message])
