@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from plumbing.check_inputs import check_generation_options
 from plumbing.find_checkpoint import find_checkpoint
-from plumbing.json_file import check_exists, errors_naming, read_json
+from plumbing.json_file import check_exists, check_name_is_utf_8, errors_naming, read_json
 
 # ---- config.json ----
 
@@ -144,6 +144,7 @@ def check_max_audio_len(seconds, path: Path) -> None:
 def check_is_complete(path: Path) -> None:
     """Refuses a safetensors file that is absent or cut off, as after an interrupted download."""
     check_exists(path)
+    check_name_is_utf_8(path)
     try:
         safe_open(path, "pt")
     except SafetensorError as error:
