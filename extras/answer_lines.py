@@ -16,13 +16,14 @@ from extras.many_recordings import (
     Job,
     answer_jobs,
     check_jobs,
+    is_too_deep,
     parse_line,
     read_jobs,
 )
 from plumbing.json_file import check_is_file
 from plumbing.processes import is_first_process, num_processes
 from plumbing.replace_file import replace_file
-from plumbing.terminal import Progress, refuse
+from plumbing.terminal import Progress, as_utf_8, refuse
 from processor import AudioFlamingo3Processor
 
 
@@ -66,7 +67,7 @@ def answer_many(args: Namespace, load_model: Callable) -> int:
     answered = 0
     cut = 0
     for job in answers:
-        print(as_json_line(job, output.encoding), file=output, flush=True)
+        write_line(job, output)
         answered += int("response" in job)
         cut += int(job.is_cut)
     if not args.quiet:
@@ -112,10 +113,17 @@ def parse_fields(text: str | None) -> dict[str, str]:
 # ---- Lines, and resuming after an interruption ----
 
 
-def as_json_line(job: dict, encoding: str = "utf-8") -> str:
-    """JSON in which control characters, and characters that the encoding may lack, are escaped."""
-    line = json.dumps(job, ensure_ascii=encoding.lower() != "utf-8")
-    return line.translate({code: f"\\u{code:04x}" for code in range(127, 160)})
+# Escaped also in UTF-8: control characters, line separators, and surrogates, which it cannot
+# encode. Half an emoji is one, and so is each byte of a file name that is not UTF-8.
+ESCAPED_CODES = [*range(127, 160), 0x2028, 0x2029, *range(0xD800, 0xE000)]
+ESCAPES = {code: f"\\u{code:04x}" for code in ESCAPED_CODES}
+
+
+def write_line(job: dict, file: TextIO) -> None:
+    """Writes a job to stdout or to an output file, as one line of JSON."""
+    is_utf_8 = file.encoding.lower() == "utf-8"
+    line = json.dumps(job, ensure_ascii=not is_utf_8)
+    print(line.translate(ESCAPES), file=file, flush=True)
 
 
 def leave_out_answered_in(jobs: list[Job], path: str) -> list[Job]:
@@ -125,7 +133,7 @@ def leave_out_answered_in(jobs: list[Job], path: str) -> list[Job]:
     """
     check_is_file(Path(path))
     answered = Counter()
-    for line in Path(path).read_text(encoding="utf-8-sig", errors="replace").split("\n"):
+    for line in read_lines(path):
         entry = parse_line(line)
         if isinstance(entry, dict) and "response" in entry:
             answered[job_key(entry)] += 1
@@ -139,12 +147,26 @@ def leave_out_answered_in(jobs: list[Job], path: str) -> list[Job]:
     return remaining
 
 
+def read_lines(path: str) -> list[str]:
+    """Reads bytes that are not UTF-8 as surrogates, which `replace_file` writes as they were."""
+    text = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")
+    return text.split("\n")
+
+
 def job_key(entry: dict) -> str:
-    """Identifies an entry by its fields, without the outcome."""
-    written = (*OUTCOMES, TIMESTAMPS)
-    asked = {name: value for name, value in entry.items() if name not in written}
+    """Identifies an entry by its fields, without the outcome.
+
+    An entry may have its own "words"; those of --timestamps come after the response.
+    """
+    asked = {}
+    has_response = False
+    for name, value in entry.items():
+        has_response = has_response or name == "response"
+        is_outcome = name in OUTCOMES or (name == TIMESTAMPS and has_response)
+        if not is_outcome and not is_too_deep(value):
+            asked[name] = value
     if isinstance(asked.get("audio"), str):
-        asked["audio"] = os.path.normpath(asked["audio"])
+        asked["audio"] = as_utf_8(os.path.normpath(asked["audio"]))  # the same in every locale
     return json.dumps(asked, sort_keys=True)
 
 
@@ -159,7 +181,7 @@ def open_output(path: str, jobs: list[Job]) -> TextIO:
     path = os.path.realpath(path)  # replace the target of a link, not the link
     keys = {job_key(job) for job in jobs}
     file = open_alone(path)
-    lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").split("\n")
+    lines = read_lines(path)
     kept = []
     for number, line in enumerate(lines, start=1):
         entry = parse_line(line)

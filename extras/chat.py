@@ -180,7 +180,7 @@ class TerminalChat:
             self.readline = readline
         signal.signal(signal.SIGINT, self.interrupt)
         sys.stdin = sys.stdin or open(os.devnull)  # None if it is closed
-        sys.stdin.reconfigure(errors="replace")
+        sys.stdin.reconfigure(errors="surrogateescape")  # as in file names
         if sys.stdin.isatty():
             self.tell(HELP)
         line = first_question
@@ -258,7 +258,7 @@ class TerminalChat:
                     f"{command} is unknown; the commands are /audio FILE, /reset, /help and /quit."
                 )
             elif line:
-                self.ask(line)
+                self.ask(terminal.as_utf_8(line))
         except BrokenPipeError:
             raise
         except Abandoned as stop:

@@ -87,6 +87,7 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     if args.prompt is None and not args.chat and not args.save:
         args.prompt = transcription_prompt(args.model)
     if args.prompt is not None:
+        args.prompt = terminal.as_utf_8(args.prompt)
         check_plain_prompt(args.prompt)
         if not args.prompt.strip():
             refuse("the prompt is empty")

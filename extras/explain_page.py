@@ -62,6 +62,7 @@ def write_page(
     Raises ValueError if the page's name does not end in .html, or its folder does not exist.
     """
     check_page_name(path)
+    name = terminal.as_utf_8(name).encode(errors="backslashreplace").decode()
     journey = follow(processor, model, waveform, prompt, options)
     steps, steps_again = tee(journey.steps)
     terminal.print_as_it_comes(processor.stream_text(steps))

@@ -105,7 +105,7 @@ def read_examples(path: str, processor: AudioFlamingo3Processor, max_tokens: int
             examples.append(read_example(entry, place, path, processor, max_tokens))
         except (ValueError, OSError, RuntimeError) as error:
             fault = terminal.describe_error(error)
-            faults.append(fault if place in fault else f"{place}: {fault}")
+            faults.append(fault if terminal.one_line(place) in fault else f"{place}: {fault}")
         progress.show(number)
     progress.clear()
     check_no_faults(faults)

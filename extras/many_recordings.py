@@ -30,6 +30,7 @@ from processor import N_SAMPLES, AudioFlamingo3Processor, audio_frame_count
 
 OUTCOMES = ("response", "error")
 TIMESTAMPS = "words"  # the field for timestamps
+MAX_DEPTH = 100  # of a field; Python writes and exchanges only a few hundred levels
 OWN_FIELDS = {"audio": "audio", "prompt": "prompt"}  # the default names of an entry's fields
 
 # ---- Reading jobs ----
@@ -186,16 +187,51 @@ def new_job(entry, prompt: str, fields: dict[str, str], place: str, prompts_file
     ):
         value = json.dumps(choices)
         raise ValueError(f'{place}: "choices" is {value}; a list of texts is expected.')
-    recordings = [find_beside(name, prompts_file) for name in recordings]
-    return Job(entry, recordings, entry[prompt_field], place)
+    recordings = [find_beside(as_file_name(name), prompts_file) for name in recordings]
+    too_deep = [name for name, value in entry.items() if is_too_deep(value)]
+    for name in too_deep:
+        del entry[name]
+    job = Job(entry, recordings, entry[prompt_field], place)
+    if too_deep:
+        job["error"] = (
+            f'{place}: "{too_deep[0]}" has more than {MAX_DEPTH} lists or objects inside each '
+            "other; leave it out."
+        )
+    return job
+
+
+def is_too_deep(value) -> bool:
+    """Whether more than MAX_DEPTH lists or objects are nested in a value of JSON."""
+    depth = 0
+    level = [value]
+    while level and depth <= MAX_DEPTH:
+        inner = []
+        for item in level:
+            if isinstance(item, dict):
+                inner += item.values()
+            elif isinstance(item, list):
+                inner += item
+        level = inner
+        depth += 1
+    return bool(level)
+
+
+def as_file_name(name: str) -> str:
+    """The name of a file as Python opens it where the locale's encoding lacks its characters."""
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        with suppress(UnicodeEncodeError):  # half an emoji: no file has such a name
+            return os.fsdecode(name.encode(errors="surrogateescape"))
+    return name
 
 
 def find_beside(name: str, prompts_file: str) -> str:
     """The path beside the JSON file if it exists, else from the current directory."""
     if prompts_file == "-":
         return name
-    beside = Path(prompts_file).parent / name
-    return str(beside) if beside.exists() else name
+    beside = str(Path(prompts_file).parent / name)
+    return beside if os.path.exists(beside) else name  # Path.exists fails if the name is too long
 
 
 def check_jobs(jobs: list[Job], choose: bool, timestamps: bool) -> None:
@@ -305,6 +341,8 @@ def load_recordings(jobs: list[Job], processor: AudioFlamingo3Processor) -> list
     """Each job with its waveforms; a job whose file cannot be read gets an "error" instead."""
     loaded = []
     for job in jobs:
+        if job.is_done():  # its entry cannot be copied
+            continue
         try:
             loaded.append(([load_one(file, processor) for file in job.recordings], job))
         except (ValueError, OSError, RuntimeError, MemoryError) as error:
@@ -327,7 +365,7 @@ def count_audio_frames(waveform: Tensor) -> int:
 
 def warn_about(file: str, message: str) -> None:
     """Warns with the file's name, because there are many files."""
-    if file not in message:
+    if str(Path(file)) not in message:
         message = f"{file}: {message}"
     warnings.warn(message)
 

@@ -216,11 +216,12 @@ def check_line(entry, place: str) -> None:
 
 
 def table(figures: dict[str, dict]) -> str:
-    width = max(len(name) for name in figures)
+    labels = [terminal.one_line(name) for name in figures]
+    width = max(len(label) for label in labels)
     rows = [f"{'':{width}}  {'lines':>6}  {'exact':^20}  {'wer':^20}  {'choice':^20}".rstrip()]
-    for name, row in figures.items():
+    for label, row in zip(labels, figures.values()):
         cells = [in_percent(row[column]) for column in ("exact", "wer", "choice")]
-        line = f"{name:{width}}  {row['lines']:6}  " + "  ".join(f"{cell:^20}" for cell in cells)
+        line = f"{label:{width}}  {row['lines']:6}  " + "  ".join(f"{cell:^20}" for cell in cells)
         rows.append(line.rstrip())
     return "\n".join(rows)
 
@@ -252,7 +253,7 @@ def main() -> int:
         terminal.print_error(error)
         return 2
     text = json.dumps(figures, indent=1) if args.json else table(figures)
-    print(text if args.json else terminal.printable(text))
+    print(text)
     return 0
 
 

@@ -358,13 +358,14 @@ def read_with_ffmpeg(path: Path, sampling_rate: int, max_seconds: float | None) 
         with process:
             waveform = read_wav(process.stdout, path, sampling_rate, max_seconds)
         messages.seek(0)
-        errors = messages.read().decode(errors="replace").strip().splitlines()
+        # Decoded like the path, so that it can be found: its name may not be UTF-8.
+        text = messages.read().decode(sys.getfilesystemencoding(), errors="surrogateescape")
+        errors = text.replace(f"file:{path.absolute()}: ", "").strip().splitlines()
     reason = "no audio inside"
     if process.returncode != 0:  # negative if a signal killed it
         reason = f"ffmpeg ended with status {process.returncode}"
     if errors:
-        reason = errors[0].replace(f"file:{path.absolute()}: ", "")
-        reason = explain_ffmpeg(reason)
+        reason = explain_ffmpeg(errors[0])
     if waveform is None:
         raise ValueError(f"{path}: no audio that ffmpeg can read ({reason}).")
     if errors or process.returncode != 0:  # the status is 0 for a truncated file

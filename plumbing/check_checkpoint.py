@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from plumbing.check_inputs import check_generation_options
 from plumbing.find_checkpoint import find_checkpoint
-from plumbing.json_file import check_exists, errors_naming, read_json
+from plumbing.json_file import check_exists, check_name_is_utf_8, errors_naming, read_json
 from plumbing.transformers_conventions import NEUTRAL_OPTIONS, is_neutral_option
 
 # ---- config.json ----
@@ -208,6 +208,7 @@ def is_music_flamingo(folder: Path) -> bool:
 def check_is_complete(path: Path) -> None:
     """Refuses a safetensors file that is absent or cut off, as after an interrupted download."""
     check_exists(path)
+    check_name_is_utf_8(path)
     try:
         safe_open(path, "pt")
     except SafetensorError as error:

@@ -1,6 +1,7 @@
 """JSON files of a checkpoint, and errors of one line that name the file."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -66,6 +67,16 @@ def check_is_file(path: Path) -> None:
     """Refuses what exists and is not a file, for example a pipe, which would block."""
     if path.exists() and not path.is_file():
         raise ValueError(f"{path}: not a file.")
+
+
+def check_name_is_utf_8(path: Path) -> None:
+    """Refuses a name that the safetensors package cannot open."""
+    try:
+        os.fsencode(path).decode()
+    except UnicodeDecodeError:
+        raise ValueError(
+            f"{path}: not a UTF-8 name, which files of weights need; choose another name."
+        ) from None
 
 
 def check_exists(path: Path) -> None:

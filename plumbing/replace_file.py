@@ -6,11 +6,14 @@ from pathlib import Path
 
 
 def replace_file(path: str | Path, text: str) -> None:
-    """Writes a new file and renames it to `path`. If the disk is full, the old file remains."""
+    """Writes a new file and renames it to `path`. If the disk is full, the old file remains.
+
+    The text may contain bytes that are not UTF-8, as read with errors="surrogateescape".
+    """
     path = Path(os.path.realpath(path))  # replace the target of a link, not the link
     new = path.with_name(f".{path.name}.new")
     try:
-        new.write_text(text, encoding="utf-8", errors="replace")
+        new.write_text(text, encoding="utf-8", errors="surrogateescape")
         if path.exists():
             shutil.copymode(path, new)
         os.replace(new, path)

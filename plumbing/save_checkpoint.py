@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from plumbing.devices import shapes_without_memory
+from plumbing.json_file import check_name_is_utf_8
 
 MAX_SHARD_BYTES = 4_500_000_000
 
@@ -205,6 +206,7 @@ def check_is_plain(model: nn.Module) -> None:
 
 
 def check_can_save(directory: Path) -> None:
+    check_name_is_utf_8(directory)
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory}: not a directory; the name of a directory is expected.")
     if (directory / "llm").is_dir():

@@ -24,6 +24,16 @@ def printable(text: str) -> str:
     return text.translate(VISIBLE)
 
 
+def as_utf_8(text: str) -> str:
+    """Decodes bytes in the text that the locale's encoding lacks, if together they are UTF-8.
+
+    Python represents them as surrogates: in the C locale, "ü" arrives as two.
+    """
+    with suppress(UnicodeEncodeError):  # other surrogates, for example half an emoji
+        return text.encode(errors="surrogateescape").decode(errors="surrogateescape")
+    return text
+
+
 def one_line(message: object) -> str:
     return printable(" ".join(str(message).split()))
 
@@ -41,6 +51,7 @@ def prepare_streams() -> None:
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")
     sys.stdout.reconfigure(errors="backslashreplace")
+    sys.stderr.reconfigure(errors="backslashreplace")
     warnings.showwarning = print_warning
     warnings.simplefilter("always", UserWarning)
 

@@ -87,6 +87,16 @@ def clip(tmp_path) -> str:
 
 
 @pytest.fixture
+def odd_clip(clip) -> str:
+    """The same recording, with a name that is not UTF-8."""
+    path = os.path.join(os.path.dirname(clip), os.fsdecode(b"caf\xe9.wav"))
+    try:
+        return shutil.copy(clip, path)
+    except OSError:
+        pytest.skip("this file system has only UTF-8 names")
+
+
+@pytest.fixture
 def run(monkeypatch, capsys, micro):
     """Runs the command line in this process; returns (exit status, stdout, stderr)."""
 

@@ -225,6 +225,15 @@ def test_no_file_name_has_a_special_meaning(tmp_path, ffmpeg, monkeypatch, kind,
     assert len(load_audio(path)) > 3000
 
 
+def test_the_reason_of_ffmpeg_does_not_repeat_a_name_that_is_not_utf_8(odd_clip, ffmpeg):
+    with open(odd_clip, "wb") as file:
+        file.write(b"no sound")
+    with pytest.raises(ValueError) as caught:
+        load_audio(odd_clip)
+    assert str(caught.value).startswith(f"{odd_clip}: no audio that ffmpeg can read (")
+    assert "file:" not in str(caught.value)
+
+
 def test_a_directory_a_pipe_a_device_and_a_link_to_itself_are_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe.wav")
     (tmp_path / "self.wav").symlink_to(tmp_path / "self.wav")

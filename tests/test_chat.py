@@ -249,6 +249,16 @@ def test_a_line_that_is_not_utf_8_is_answered():
     assert out.count(b"\n") == 2
 
 
+def test_a_name_that_is_not_utf_8_can_be_typed(odd_clip, micro):
+    name = os.fsencode(odd_clip)
+    process = start_generate("--chat", "--model", micro, "--max-new-tokens", 1)
+    out, err = process.communicate(b"/audio %s\nHi\n%s\n/audio gone\xe9.wav\n" % (name, name))
+    assert (process.returncode, out.count(b"\n")) == (1, 1)
+    assert b"heard 1.5 s" in err
+    assert b"caf\\udce9.wav: to add a recording, write /audio " in err
+    assert b"error: gone\\udce9.wav: no such file" in err
+
+
 def test_without_input_a_conversation_ends():
     process = start_generate("--chat", "--quiet")
     out, err = process.communicate(b"")

@@ -1,6 +1,7 @@
 """--explain page.html: one file that fetches nothing and works in a browser by keyboard."""
 
 import io
+import json
 import re
 import struct
 import wave
@@ -151,6 +152,16 @@ def test_a_page_with_another_suffix_or_no_folder_is_refused(run, clip, tmp_path,
     status, out, err = run(clip, f"--explain={tmp_path / name}")
     assert (status, out) == (2, "")
     assert reason in err
+
+
+@pytest.mark.parametrize("name", ["caf\udce9.wav", "\ud83d.wav", "é.wav"])
+def test_the_name_on_a_page_is_readable_whatever_it_is(tiny, tmp_path, name):
+    path = tmp_path / "page.html"
+    write_page(path, *tiny, torch.from_numpy(sound(8000)), name, "\ud83d", {"max_new_tokens": 1})
+    text = path.read_text(encoding="utf-8")
+    shown = name.encode(errors="backslashreplace").decode()
+    assert f"<title>What it heard in {shown}</title>" in text
+    assert f'"name": {json.dumps(shown)}, "prompt": "\\ud83d"' in text
 
 
 # ---- In a browser ----

@@ -16,7 +16,7 @@ from extras.alignment import UNCLEAR, Alignment
 from extras.answer_lines import open_output
 from extras.many_recordings import answer_jobs, read_jobs
 from processor import AudioFlamingo3Processor
-from programs import PROGRAM, Terminal, start_generate
+from programs import PROGRAM, Terminal, generate, start_generate
 from signals import sound, write_wav
 
 ONE_TOKEN = ("--max-new-tokens", 1)
@@ -651,6 +651,156 @@ def test_a_file_that_is_not_utf_8_is_reported_with_the_line(run, clip, tmp_path)
     questions.write_bytes(b'{"audio": "a.wav"}\n{"audio": "b.wav", "prompt": "gr\xf6\xdfe"}\n')
     status, _, err = run("--prompts", questions)
     assert (status, "q.jsonl: line 2 is not UTF-8" in err) == (2, True)
+
+
+# ---- Names and texts with any characters ----
+
+
+def test_a_name_that_is_not_utf_8_has_the_same_line_on_stdout_and_in_a_file(
+    run, odd_clip, tmp_path
+):
+    output = tmp_path / "out.jsonl"
+    _, out, _ = run(odd_clip, "Hi", *ONE_TOKEN, "--batch-size", 1)
+    status, _, _ = run(odd_clip, "Hi", *ONE_TOKEN, "--output", output)
+    assert status == 0
+    assert output.read_text() == out
+    assert "caf\\udce9.wav" in out
+    (job,) = parse_lines(out)
+    assert os.fsencode(job["audio"]) == os.fsencode(odd_clip)
+
+
+def test_a_line_is_readable_and_one_line_to_every_reader(run_lines, clip, tmp_path):
+    prompts = write_lines(
+        tmp_path / "in.jsonl", [{"audio": clip, "prompt": "ü\u2028漢\x85🙂\ud83d"}]
+    )
+    output = tmp_path / "out.jsonl"
+    run_lines("--prompts", prompts, *ONE_TOKEN, "--output", output)
+    (line,) = output.read_text(encoding="utf-8").splitlines()  # U+2028 would end a line here
+    assert r"ü\u2028漢\u0085🙂\ud83d" in line
+    assert json.loads(line)["prompt"] == "ü\u2028漢\x85🙂\ud83d"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        r'"prompt": "half \ud83d"',
+        r'"prompt": "\ude00\ud83d", "\ud83d": "\udce9"',
+        '"id": NaN, "of": [-Infinity, 1e400, -0.0]',
+        f'"id": 1{"0" * 4000}, "of": 0.1234567890123456789',
+        '"id": 1, "id": 2, "of": {"b": [{}, [], null], "a": {"b": 1.0, "a": 1}}',
+        f'"of": {"[" * 90}{"]" * 90}',
+        r'"of": "\u2028\u0085\ufeff\r\n\u0000"',
+    ],
+)
+def test_an_answered_entry_is_recognized_whatever_its_fields_are(run, clip, tmp_path, fields):
+    prompts = tmp_path / "in.jsonl"
+    prompts.write_text(f'{{"audio": {json.dumps(clip)}, {fields}}}')
+    options = ["--prompts", prompts, "Hi", *ONE_TOKEN, "--output", tmp_path / "out.jsonl"]
+    assert run(*options)[0] == 0
+    before = (tmp_path / "out.jsonl").read_bytes()
+    assert "nothing left to answer" in run(*options)[2]
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["é", "e\u0301", "a\nb", "a\u2028b", "\ufeffa", "a\\b", " a  b"])
+def test_an_answered_file_is_recognized_whatever_its_name_is(run, tmp_path, name):
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    write_wav(folder / f"{name}.wav", sound(8000))
+    options = [folder, "Hi", *ONE_TOKEN, "--output", tmp_path / "out.jsonl"]
+    assert run(*options)[0] == 0
+    assert "nothing left to answer" in run(*options)[2]
+    (job,) = parse_lines((tmp_path / "out.jsonl").read_text(encoding="utf-8"))
+    assert job["audio"] == str(folder / f"{name}.wav")
+
+
+def test_a_run_that_is_cut_anywhere_in_an_odd_line_ends_with_the_same_bytes(
+    run, clip, odd_clip, tmp_path
+):
+    output = tmp_path / "out.jsonl"
+    options = [clip, odd_clip, "Ü?", *ONE_TOKEN, "--output", output]
+    run(*options)
+    whole = output.read_bytes()
+    name = whole.index(b"\\udce9")
+    for place in [name + 1, name + 4, whole.rindex("Ü".encode()) + 1, len(whole) - 1]:
+        output.write_bytes(whole[:place])
+        assert run(*options)[0] == 0
+        assert output.read_bytes() == whole
+
+
+def test_bytes_that_are_not_utf_8_stay_in_an_output_file(run, clip, tmp_path):
+    output = tmp_path / "out.jsonl"
+    line = b'{"audio": "x.wav", "prompt": "gr\xfcn", "response": "ja"}\n'
+    output.write_bytes(line + b'{"audio": "cut')
+    assert run(clip, "Hi", *ONE_TOKEN, "--output", output)[0] == 0
+    assert output.read_bytes().startswith(line + b'{"audio": "' + os.fsencode(clip))
+
+
+@pytest.mark.parametrize("depth", [101, 500, 900])
+def test_an_entry_that_cannot_be_copied_gets_an_error_and_the_others_answers(
+    run, clip, tmp_path, depth
+):
+    deep = "[" * depth + "1" + "]" * depth
+    prompts = tmp_path / "in.jsonl"
+    prompts.write_text(f'{{"audio": "{clip}", "id": 1, "of": {deep}}}\n{{"audio": "{clip}"}}\n')
+    output = tmp_path / "out.jsonl"
+    for _ in range(2):
+        status, _, err = run("--prompts", prompts, "Hi", *ONE_TOKEN, "--output", output)
+        lines = sorted(parse_lines(output.read_text()), key=len)
+        assert [list(line)[2:] for line in lines] == [["response"], ["prompt", "error"]]
+        assert 'in.jsonl: line 1: "of" has more than 100 lists' in lines[1]["error"]
+
+
+def test_a_name_that_is_too_long_gets_an_error_and_the_others_answers(run_lines, clip, tmp_path):
+    entries = [{"audio": 300 * "x"}, {"audio": clip}]
+    jobs = run_lines("--prompts", write_lines(tmp_path / "in.jsonl", entries), "Hi", *ONE_TOKEN)
+    assert ["response" in job for job in jobs] == [False, True]
+    assert "File name too long" in jobs[0]["error"]
+
+
+def test_entries_that_differ_only_in_a_field_called_words_are_told_apart(run, clip, tmp_path):
+    entries = [{"audio": "gone.wav", "words": 1}, {"audio": clip, "words": 2}]
+    entries = [{**entry, "audio": str(tmp_path / "a.wav")} for entry in entries]
+    output = write_lines(tmp_path / "out.jsonl", [{**entries[1], "prompt": "Hi", "response": "x"}])
+    prompts = write_lines(tmp_path / "in.jsonl", entries)
+    run("--prompts", prompts, "Hi", *ONE_TOKEN, "--output", output)
+    outcomes = [(job["words"], "error" in job) for job in parse_lines(output.read_text())]
+    assert outcomes == [(2, False), (1, True)]
+
+
+C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+def test_names_and_prompts_mean_the_same_in_the_c_locale(run, clip, micro, tmp_path):
+    folder = tmp_path / "grün"
+    folder.mkdir()
+    os.rename(clip, folder / "é.wav")
+    output = tmp_path / "out.jsonl"
+    options = [folder, "Hörst du?", *ONE_TOKEN, "--output", output]
+    result = generate(*options, "--model", micro, env=os.environ | C_LOCALE)
+    assert result.returncode == 0
+    (job,) = parse_lines(output.read_text())
+    assert os.fsencode(job["audio"]) == os.fsencode(folder / "é.wav")
+    assert job["prompt"] == "Hörst du?"
+    assert "nothing left to answer" in run(*options)[2]
+
+
+def test_the_names_of_entries_are_found_in_the_c_locale(clip, micro, tmp_path):
+    os.rename(clip, tmp_path / "é.wav")
+    prompts = write_lines(tmp_path / "in.jsonl", [{"audio": "é.wav"}])
+    options = ["--prompts", prompts, "Hi", *ONE_TOKEN, "--model", micro]
+    result = generate(*options, env=os.environ | C_LOCALE)
+    (job,) = parse_lines(result.stdout)
+    assert list(job.items())[:2] == [("audio", "é.wav"), ("prompt", "Hi")]
+    assert "response" in job
+
+
+@pytest.mark.parametrize("encoding, shown", [("ascii", r"\u00fc"), ("utf8", "ü")])
+def test_stdout_is_as_readable_as_its_encoding_allows(clip, micro, encoding, shown):
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    options = [clip, "ü?", *ONE_TOKEN, "--batch-size", 1, "--model", micro]
+    result = generate(*options, env=environment, encoding="utf-8")
+    assert f'"prompt": "{shown}?"' in result.stdout
 
 
 # ---- Progress ----

@@ -92,6 +92,20 @@ KILLER = """#!/bin/sh
 
 
 @pytest.mark.parametrize("option", ["--batch-size=1", "--tensor-parallel"])
+def test_names_and_prompts_that_are_not_utf_8_are_exchanged(
+    run, together, clip, odd_clip, tmp_path, option
+):
+    os.truncate(odd_clip, 30000)  # so that there is a warning
+    options = [clip, odd_clip, "H\udce9?", "--max-new-tokens", 2]
+    _, out, err = run(*options)
+    output = tmp_path / "out.jsonl"
+    result = together(2, *options, option, "--output", output)
+    assert output.read_text() == out
+    assert out.count('"response"') == 2
+    assert lines_that_begin("warning: ", result.stderr) == lines_that_begin("warning: ", err)
+
+
+@pytest.mark.parametrize("option", ["--batch-size=1", "--tensor-parallel"])
 def test_the_death_of_a_process_is_reported_in_one_line(together, folder, tmp_path, option):
     (folder / "1.wav").rename(folder / "1.mp3")  # which ffmpeg has to read
     killer = tmp_path / "bin" / "ffmpeg"
@@ -112,6 +126,13 @@ def test_a_single_recording_is_refused_in_one_line(together, clip):
     assert (result.returncode, result.stdout) == (1, "")
     (line,) = lines_that_begin("error: ", result.stderr)
     assert "one recording is for one process; --tensor-parallel splits the model" in line
+
+
+def test_an_entry_that_cannot_be_exchanged_gets_an_error(together, clip, tmp_path):
+    prompts = tmp_path / "in.jsonl"
+    prompts.write_text(f'{{"audio": "{clip}", "of": {"[" * 900 + "]" * 900}}}\n' * 2)
+    result = together(2, "--prompts", prompts, "Hi")
+    assert (result.returncode, result.stdout.count('"error"')) == (0, 2)
 
 
 # ---- Splitting the model ----

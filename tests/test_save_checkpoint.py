@@ -227,6 +227,13 @@ def test_a_quantized_model_is_refused(spoiled, tmp_path):
     assert not (tmp_path / "saved").exists()
 
 
+def test_a_name_that_safetensors_cannot_open_is_refused(run, micro, tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    status, _, err = run("--save", folder)
+    assert (status, folder.exists()) == (2, False)
+    assert "caf\\udce9: not a UTF-8 name, which files of weights need" in err
+
+
 def test_a_directory_in_the_original_layout_and_a_file_are_refused(micro, tmp_path, model):
     write_original(micro, tmp_path / "original")
     with pytest.raises(ValueError, match="original layout; choose another"):

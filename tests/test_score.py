@@ -214,6 +214,16 @@ def test_lines_can_be_grouped_by_any_field(write, run):
     ]
 
 
+def test_any_text_is_scored_and_a_row_of_the_table_is_one_line(write, run):
+    entry = line("h\ud83d!", "H\udce9", task="x\n\u2028y")
+    status, out, _ = run(write(entry), "--by", "task")
+    assert status == 0
+    assert [row.split()[:3] for row in out.splitlines()[1:]] == [
+        ["all", "1", "100.0%"],
+        ["task=x", "y", "1"],
+    ]
+
+
 def test_json_has_the_same_figures(write, run):
     path = write(line("a", "a"), line("b", "c"))
     _, out, _ = run(path, "--json")

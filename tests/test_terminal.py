@@ -1,12 +1,13 @@
 """The terminal: untrusted text cannot manipulate it, and errors are one line."""
 
+import os
 import sys
 
 import pytest
 
 import generate
 from plumbing import terminal
-from plumbing.terminal import one_line, printable
+from plumbing.terminal import as_utf_8, one_line, printable
 
 
 def test_control_characters_are_escaped():
@@ -34,6 +35,33 @@ def test_an_answer_is_escaped_only_in_a_terminal(run, clip, monkeypatch, is_term
 def test_a_file_name_in_an_error_is_escaped(run):
     _, _, err = run("\x1b[2Jgone.wav")
     assert err == "error: \\x1b[2Jgone.wav: no such file; a sound file is expected.\n"
+
+
+def test_a_single_recording_with_a_name_that_is_not_utf_8_is_answered(run, odd_clip):
+    status, out, _ = run(odd_clip, "Hi", "--max-new-tokens", 1)
+    assert (status, out.count("\n")) == (0, 1)
+    os.truncate(odd_clip, 30000)
+    _, _, err = run(odd_clip, "Hi", "--max-new-tokens", 1, "--quiet")
+    assert err.startswith("warning: ") and "caf\\udce9.wav: truncated" in err
+
+
+def test_a_name_that_is_not_utf_8_can_be_reported_to_a_closed_stderr(monkeypatch, run, odd_clip):
+    os.truncate(odd_clip, 30000)  # so that there is a warning
+    monkeypatch.setattr(sys, "stderr", None)
+    _, out, _ = run(odd_clip, "Hi", "--max-new-tokens", 1, "--batch-size", 1)
+    assert '"response"' in out
+
+
+@pytest.mark.parametrize(
+    "text, decoded",
+    [
+        ("h\udcc3\udcb6r ü", "hör ü"),  # in the C locale
+        ("caf\udce9", "caf\udce9"),  # not UTF-8
+        ("\ud83d \udcc3\udcb6", "\ud83d \udcc3\udcb6"),  # half an emoji
+    ],
+)
+def test_bytes_that_the_locale_lacks_are_decoded_if_they_are_utf_8(text, decoded):
+    assert as_utf_8(text) == decoded
 
 
 def test_a_missing_package_is_reported_in_one_line(capsys):
