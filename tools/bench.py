@@ -161,6 +161,7 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+@torch.inference_mode()  # neither side keeps a graph
 def time_side(side: Ours | Theirs, waveform: np.ndarray, tokens: int) -> dict[str, float]:
     """Returns the seconds for the encoder, the first token, and each further token."""
     device = side.model.device
