@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from load_weights import TRANSFORMERS_5_NAMES, model_name
-from plumbing.find_checkpoint import find_checkpoint
+from plumbing.check_checkpoint import check_is_complete
+from plumbing.download import how_to_complete
+from plumbing.find_checkpoint import find_checkpoint, find_folder
 from plumbing.json_file import check_exists, check_is_file, errors_naming, read_json
 from plumbing.save_checkpoint import new_files, write_json
 
@@ -118,6 +120,7 @@ def find_think_adapter(path: str | Path) -> Path:
     if not think.is_dir():
         raise FileNotFoundError(
             f"{think}: no such directory; the AF-Think adapter is expected there, or in stage35/."
+            f"{how_to_complete(think / OTHERS)}"
         )
     check_exists(think / OTHERS)  # AF-Think has weights besides its factors
     return think
@@ -130,7 +133,7 @@ def merge_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     (in non_lora_trainables.bin, if it exists) replace the model's own. Returns the model. Raises
     FileNotFoundError, or ValueError, for example for tensors that have no place in the model.
     """
-    folder = Path(folder)
+    folder = find_folder(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such directory; an adapter is expected.")
     config_path = folder / "adapter_config.json"
@@ -185,7 +188,7 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
             tensors = dict(torch.load(path, map_location="cpu", weights_only=True))
             check_floating_point(tensors)
     path = folder / "adapter_model.safetensors"
-    check_is_file(path)
+    check_is_complete(path)
     with errors_naming(path):
         factors = load_file(path)
         check_floating_point(factors)
