@@ -252,7 +252,7 @@ class AudioFlamingo3Processor:
     @conventions.ignoring_hub_options
     def from_pretrained(cls, path: str | Path) -> "AudioFlamingo3Processor":
         """The processor of a checkpoint. Raises FileNotFoundError or ValueError."""
-        folder = find_checkpoint(path)
+        folder = find_checkpoint(path, or_file="tokenizer.json")
         tokenizer = Tokenizer(load_weights.tokenizer_folder(folder))
         settings = load_weights.read_processor_config(folder, tokenizer.added_tokens)
         return cls(tokenizer, **settings)

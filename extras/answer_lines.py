@@ -192,6 +192,8 @@ def open_output(path: str, jobs: list[Job]) -> TextIO:
         if is_outcome and ("response" in entry or job_key(entry) not in keys):
             kept.append(line + "\n")
     if "".join(kept) != "\n".join(lines):
+        if sys.platform == "win32":  # it does not replace an open file; elsewhere it stays locked
+            file.close()
         replace_file(path, "".join(kept))
         file.close()
         file = open_alone(path)
@@ -200,7 +202,7 @@ def open_output(path: str, jobs: list[Job]) -> TextIO:
 
 def open_alone(path: str) -> TextIO:
     """Opens a file for appending. Raises ValueError while another run has it open this way."""
-    file = open(path, "a", encoding="utf-8")
+    file = open(path, "a", encoding="utf-8", newline="\n")
     with suppress(ImportError):  # not on Windows
         import fcntl
 

@@ -175,11 +175,13 @@ class TerminalChat:
         with suppress(ImportError):  # not on Windows
             import readline  # gives input() a history
 
-            readline.parse_and_bind("tab: complete")  # of file names
+            # Tab completes file names. On macOS, this module is libedit under another name.
+            is_libedit = "libedit" in (readline.__doc__ or "")
+            readline.parse_and_bind("bind ^I rl_complete" if is_libedit else "tab: complete")
             readline.set_completer_delims(" \t\n\"'")
             self.readline = readline
         signal.signal(signal.SIGINT, self.interrupt)
-        sys.stdin = sys.stdin or open(os.devnull)  # None if it is closed
+        sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # None if it is closed
         sys.stdin.reconfigure(errors="surrogateescape")  # as in file names
         if sys.stdin.isatty():
             self.tell(HELP)

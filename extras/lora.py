@@ -28,7 +28,9 @@ from plumbing.check_adapter import (
     check_shape,
     check_tensors,
 )
-from plumbing.find_checkpoint import find_checkpoint
+from plumbing.check_checkpoint import check_is_complete
+from plumbing.download import how_to_complete
+from plumbing.find_checkpoint import find_checkpoint, find_folder
 from plumbing.json_file import check_exists, check_is_file, errors_naming, read_json
 from plumbing.save_checkpoint import new_files, write_json
 
@@ -139,6 +141,7 @@ def find_think_adapter(path: str | Path) -> Path:
     if not think.is_dir():
         raise FileNotFoundError(
             f"{think}: no such directory; the AF-Think adapter is expected there, or in stage35/."
+            f"{how_to_complete(think / OTHERS)}"
         )
     check_exists(think / OTHERS)  # AF-Think has weights besides its factors
     return think
@@ -161,7 +164,7 @@ def merge_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     model. Raises FileNotFoundError, or ValueError, for example for an unsupported variant of LoRA,
     or for tensors that have no place in the model; the model is then unchanged.
     """
-    folder = Path(folder)
+    folder = find_folder(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such directory; an adapter is expected.")
     config_path = folder / "adapter_config.json"
@@ -309,7 +312,7 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
         path = older
         factors = read_pickle(path)
     else:
-        check_exists(path)
+        check_is_complete(path)
         with errors_naming(path):
             factors = load_file(path)
             check_tensors(factors)

@@ -484,5 +484,14 @@ def with_choices(prompt: str, choices: list[str]) -> str:
     """The prompt and a line "(A) ..." for each choice."""
     lines = [prompt]
     for number, choice in enumerate(choices):
-        lines.append(f"({chr(ord('A') + number)}) {choice}")
+        lines.append(f"({choice_letter(number)}) {choice}")
     return "\n".join(lines)
+
+
+def choice_letter(number: int) -> str:
+    """A to Z for 0 to 25, then AA, AB and so on, as a spreadsheet labels its columns."""
+    letters = ""
+    while number >= 0:
+        letters = chr(ord("A") + number % 26) + letters
+        number = number // 26 - 1
+    return letters

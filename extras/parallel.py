@@ -48,7 +48,7 @@ def joined_processes() -> Iterator[None]:
         # torchrun sends SIGTERM to the others when one has died; the first must still report it.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     else:
-        sys.stdout = sys.stderr = open(os.devnull, "w", errors="backslashreplace")
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")
     # Even without --seed, processes that split a model must sample the same tokens.
     torch.manual_seed(from_first_process(torch.initial_seed()))
     yield

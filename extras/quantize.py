@@ -119,7 +119,9 @@ def save_quantized(model: nn.Module, path: str | Path) -> None:
 
 
 def load_quantized(
-    path: str | Path, device_map: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
+    path: str | Path,
+    device_map: str | int | torch.device | dict | None = "auto",
+    dtype: str | torch.dtype = "auto",
 ) -> AudioFlamingo3ForConditionalGeneration:
     """Loads a model that `save_quantized` has written; the arguments are those of from_pretrained.
 

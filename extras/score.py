@@ -15,8 +15,8 @@ wer     Word error rate: the minimum number of word insertions, deletions and su
         turn the answer into the response, both normalized, summed over lines; divided by the
         number of words in the answers. Multiple-choice lines do not count here.
 choice  The share of multiple-choice lines with the right letter. A multiple-choice line has
-        "choices", or a prompt that lists "(A) ... (B) ...". The first of these rules that applies
-        gives the chosen letter:
+        "choices", or a prompt that lists "(A) ... (B) ..."; (AA) follows (Z). The first of these
+        rules that applies gives the chosen letter:
           1. "(B)", alone or at the beginning; but not if another such letter follows
           2. the text of a choice, after normalization
           3. "B", alone or before ".", ")" or ":"
@@ -32,18 +32,15 @@ word error rate, the middle 95% of 1000 samples of as many lines, drawn with rep
 import argparse
 import json
 import re
-import string
 import sys
 import unicodedata
 from dataclasses import dataclass
 
 import numpy as np
 
-from extras.many_recordings import read_entries
+from extras.many_recordings import choice_letter, read_entries
 from plumbing import terminal
 from plumbing.transcription_prefix import strip_transcription_prefix
-
-LETTERS = string.ascii_uppercase
 
 # ---- Words ----
 
@@ -81,30 +78,35 @@ def find_choices(entry: dict) -> list[str]:
     """The texts of the choices, in order, from the field "choices" or from the prompt."""
     if entry.get("choices"):
         return entry["choices"]
-    parts = re.split(r"\(([A-Z])\)", str(entry.get("prompt", "")))
-    letters = parts[1::2]
-    texts = [text.strip() for text in parts[2::2]]
-    if len(letters) < 2 or letters != list(LETTERS[: len(letters)]):
-        return []
-    return texts
+    parts = re.split(r"\(([A-Z]+)\)", str(entry.get("prompt", "")))
+    texts = []
+    for letter, text in zip(parts[1::2], parts[2::2]):
+        if letter == choice_letter(len(texts)):
+            texts.append(text)
+        elif len(letter) == 1:
+            return []
+        elif texts:  # in the text of a choice, for example "(US)"
+            texts[-1] += f"({letter}){text}"
+    return [text.strip() for text in texts] if len(texts) > 1 else []
 
 
 def chosen_letter(text: str, choices: list[str]) -> str | None:
     """The letter of the choice given in a text, by the rules at the top of this file."""
-    letters = LETTERS[: len(choices)]
+    letters = [choice_letter(number) for number in range(len(choices))]
+    any_letter = "|".join(letters)
     text = text.strip()
     normal = normalize(text)
     normal_choices = [normalize(choice) for choice in choices]
 
-    in_brackets = re.findall(rf"\(([{letters}])\)", text)
+    in_brackets = re.findall(rf"\(({any_letter})\)", text)
     if in_brackets and text.startswith("("):
         return in_brackets[0] if len(set(in_brackets)) == 1 else None
     if normal_choices.count(normal) == 1:
         return letters[normal_choices.index(normal)]
-    alone = re.match(rf"([{letters}])($|[.):])", text)
+    alone = re.match(rf"({any_letter})($|[.):])", text)
     if alone:
         return alone[1]
-    named = re.findall(rf"(?i:answer is|answer:|option|choice) *\(?([{letters}])\b", text)
+    named = re.findall(rf"(?i:answer is|answer:|option|choice) *\(?({any_letter})\b", text)
     if named:
         return named[-1]
     contained = []

@@ -8,6 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from plumbing.check_inputs import check_generation_options
+from plumbing.download import how_to_replace
 from plumbing.find_checkpoint import find_checkpoint
 from plumbing.json_file import check_exists, check_name_is_utf_8, errors_naming, read_json
 from plumbing.transformers_conventions import NEUTRAL_OPTIONS, is_neutral_option
@@ -207,12 +208,17 @@ def is_music_flamingo(folder: Path) -> bool:
 
 def check_is_complete(path: Path) -> None:
     """Refuses a safetensors file that is absent or cut off, as after an interrupted download."""
+    shards = list(path.parent.glob("model-*-of-*.safetensors"))
+    if path.name == "model.safetensors" and not path.exists() and shards:
+        check_exists(path.with_name("model.safetensors.index.json"))
     check_exists(path)
     check_name_is_utf_8(path)
     try:
         safe_open(path, "pt")
     except SafetensorError as error:
-        raise ValueError(f"{path}: damaged or not complete ({error}); download it again.") from None
+        raise ValueError(
+            f"{path}: damaged or not complete ({error}).{how_to_replace(path)}"
+        ) from None
 
 
 def check_weight_map(weight_map, index: Path) -> None:

@@ -7,10 +7,26 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DIVIDED = ("balanced", "balanced_low_0", "sequential")  # names in transformers
 
 
-def choose_device(device_map: str | torch.device) -> str | torch.device:
-    """The device that "auto", a torch.device or its name means, if PyTorch can use it."""
+def choose_device(device_map: str | int | torch.device | dict | None) -> str | torch.device:
+    """The device that a `device_map` of transformers means, if PyTorch can use it.
+
+    "auto" (CUDA, else MPS, else CPU), a torch.device or its name, the number of a CUDA device, None
+    (the CPU), or {"": one of these}. Raises ValueError.
+    """
+    if isinstance(device_map, dict) and list(device_map) == [""]:
+        device_map = device_map[""]
+    if isinstance(device_map, dict) or device_map in DIVIDED:
+        raise ValueError(
+            "device_map divides the model among devices, which is not supported; "
+            "auto, or the name of one device, is expected."
+        )
+    if device_map is None:
+        return "cpu"
+    if type(device_map) is int:
+        device_map = f"cuda:{device_map}"
     if device_map != "auto":
         check_device(device_map)
         return device_map
@@ -25,7 +41,7 @@ def check_device(device: str | torch.device) -> None:
     try:
         usable = torch.device(device).type in ("cpu", "cuda", "mps")
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError, TypeError):
         usable = False
     if not usable:
         raise ValueError(

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
+from plumbing.download import how_to_complete, how_to_replace
+
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file. Raises OSError or ValueError, naming the file."""
@@ -14,7 +16,7 @@ def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); download it again.") from None
+        raise ValueError(f"{path}: not valid JSON ({error}).{how_to_replace(path)}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: a JSON object is expected.")
     return content
@@ -60,7 +62,7 @@ def shorten(message: str) -> str:
     lines = message.splitlines()
     if len(lines) > 6:
         lines = [*lines[:3], f"... and {len(lines) - 3} more."]
-    return " ".join(" ".join(line.split())[:500] for line in lines)
+    return " ".join(" ".join(line.split())[:1000] for line in lines)
 
 
 def check_is_file(path: Path) -> None:
@@ -82,4 +84,9 @@ def check_name_is_utf_8(path: Path) -> None:
 def check_exists(path: Path) -> None:
     check_is_file(path)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file; the checkpoint is not complete.")
+        fault = "no such file"
+        if path.is_symlink():
+            fault = f"a link to {os.readlink(path)}, which does not exist"
+        raise FileNotFoundError(
+            f"{path}: {fault}; the checkpoint is not complete.{how_to_complete(path)}"
+        )

@@ -13,9 +13,18 @@ def replace_file(path: str | Path, text: str) -> None:
     path = Path(os.path.realpath(path))  # replace the target of a link, not the link
     new = path.with_name(f".{path.name}.new")
     try:
-        new.write_text(text, encoding="utf-8", errors="surrogateescape")
+        new.write_text(text, encoding="utf-8", errors="surrogateescape", newline="\n")
         if path.exists():
             shutil.copymode(path, new)
         os.replace(new, path)
     finally:
         new.unlink(missing_ok=True)
+
+
+def give_usual_mode(path: Path) -> None:
+    """Gives a file the mode of a new one. safetensors writes files for their owner only."""
+    # Asking for the umask would change it for a moment, in all threads.
+    new = path.with_name(f".{path.name}.mode")
+    new.touch()
+    shutil.copymode(new, path)
+    new.unlink()

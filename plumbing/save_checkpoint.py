@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from plumbing.devices import shapes_without_memory
 from plumbing.json_file import check_name_is_utf_8
+from plumbing.replace_file import give_usual_mode
 
 MAX_SHARD_BYTES = 4_500_000_000
 
@@ -30,7 +31,8 @@ WEIGHT_FILES = r"model(-\d{5}-of-\d{5})?\.safetensors"
 PROCESSOR_FILES = [
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "merges.txt"),
-    *("processor_config.json", "preprocessor_config.json", "chat_template.jinja"),
+    *("processor_config.json", "preprocessor_config.json"),
+    *("chat_template.jinja", "chat_template.json"),
 ]
 
 # Contains the official processor_config.json and chat_template.jinja, which transformers needs and
@@ -57,6 +59,7 @@ def write_checkpoint(
     with new_files(path) as folder:
         write_weights(folder, model.state_dict(), max_shard_bytes)
         options = asdict(model.generation_config)
+        options["top_k"] = options["top_k"] or 0  # an absent one would be 50
         options = {name: value for name, value in options.items() if value is not None}
         write_json(folder / "generation_config.json", options)
         write_json(folder / "config.json", config)
@@ -97,17 +100,27 @@ def new_files(path: str | Path) -> Iterator[Path]:
 
 
 def replace_files(folder: Path, directory: Path) -> None:
-    """Moves the files of a folder to the directory. New weights replace all older ones."""
+    """Moves the files of a folder to the directory. New weights replace all older ones.
+
+    A file has the mode of the one that it replaces, or the usual one.
+    """
     names = sorted(path.name for path in folder.iterdir())
+    for name in names:
+        give_usual_mode(folder / name)
+        if (directory / name).exists():
+            shutil.copymode(directory / name, folder / name)
     if "config.json" in names:
         names.remove("config.json")
         names.append("config.json")  # last, because it makes the directory a checkpoint
-        (directory / "config.json").unlink(missing_ok=True)
-        for old in list(directory.iterdir()):
-            if old.name == INDEX or re.fullmatch(WEIGHT_FILES, old.name):
-                old.unlink()
+        # Weights first: Windows does not remove files that are memory-mapped. Then nothing is lost.
+        for old in [*old_weights(directory), directory / INDEX, directory / "config.json"]:
+            old.unlink(missing_ok=True)
     for name in names:
         os.replace(folder / name, directory / name)
+
+
+def old_weights(directory: Path) -> list[Path]:
+    return [path for path in directory.iterdir() if re.fullmatch(WEIGHT_FILES, path.name)]
 
 
 def write_weights(folder: Path, tensors: dict[str, Tensor], max_shard_bytes: int) -> None:
@@ -144,7 +157,7 @@ def divide_into_shards(tensors: dict[str, Tensor], max_bytes: int) -> list[list[
 
 
 def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8", newline="\n")
 
 
 # ---- config.json ----

@@ -47,9 +47,9 @@ def prepare_streams() -> None:
     Every warning is printed. By default Python shows repeated ones only once.
     """
     if sys.stdout is None:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
     if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")
+        sys.stderr = open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")
     sys.stdout.reconfigure(errors="backslashreplace")
     sys.stderr.reconfigure(errors="backslashreplace")
     warnings.showwarning = print_warning

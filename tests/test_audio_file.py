@@ -1,7 +1,6 @@
 """Audio files: all common WAV formats, other containers through ffmpeg, and resampling."""
 
 import math
-import resource
 import struct
 import subprocess
 import warnings
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 from conftest import SHARED
+from peak_memory import peak_bytes
 from plumbing.audio_file import explain_ffmpeg, load_audio, resample, resample_piece
 from signals import sound, write_wav
 from wav import wav_bytes
@@ -108,11 +108,11 @@ def write_silence(path, seconds, rate=48000):
 
 def test_no_more_than_the_maximum_length_is_read(tmp_path):
     path = write_silence(tmp_path / "hour.wav", seconds=3600)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB
+    memory = peak_bytes()
     with pytest.warns(UserWarning, match=r"^3600\.0 s of audio: only the first 20\.0 s are heard$"):
         waveform = load_audio(path, max_seconds=20)
     assert len(waveform) == 20 * 16000
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 50_000
+    assert peak_bytes() - memory < 50e6
 
 
 def test_a_killed_ffmpeg_is_not_mistaken_for_the_end_of_the_recording(tmp_path, monkeypatch):

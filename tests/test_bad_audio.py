@@ -4,7 +4,6 @@ Nothing hangs, and no file makes the program open another."""
 import math
 import os
 import random
-import resource
 import struct
 import subprocess
 import unicodedata
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from peak_memory import peak_bytes
 from plumbing.audio_file import load_audio
 from processor import N_SAMPLES, SAMPLE_RATE, log_mel
 from signals import sound, write_wav
@@ -156,14 +156,14 @@ def refusal(path) -> str:
 def test_300_damaged_wav_files_are_read_or_refused_with_little_memory(tmp_path):
     files = wavs_with_odd_headers() | truncated_wavs() | wavs_with_odd_chunks() | OTHER_FILES
     path = tmp_path / "odd.wav"
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB
+    memory = peak_bytes()
     read = set()
     for name, content in files.items():
         path.write_bytes(content)
         if not refusal(path):
             read.add(name)
     assert len(files) >= 300
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 300_000
+    assert peak_bytes() - memory < 300e6
     assert READABLE <= read
     assert not UNREADABLE & read
 

@@ -1,4 +1,4 @@
-"""Loading a checkpoint directory: layouts, names, the hub cache, and error messages."""
+"""Loading a checkpoint directory: layouts, names, and error messages."""
 
 import json
 import os
@@ -20,7 +20,8 @@ from checkpoints import (
 )
 from conftest import TINY
 from load_weights import read_config
-from plumbing.find_checkpoint import DOWNLOAD_COMMAND, find_checkpoint
+from plumbing import devices
+from plumbing.devices import choose_device
 from plumbing.tokenizer_files import read_token_ids
 from processor import AudioFlamingo3Processor
 from signals import conversation, sound
@@ -49,18 +50,6 @@ def test_weights_saved_next_to_older_shards_cause_a_warning(spoiled):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         from_pretrained(spoiled, "cpu")
-
-
-def test_a_directory_that_is_not_a_checkpoint_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no config.json inside; a checkpoint is expected"):
-        from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["tinyy", "./tiny/x", "/tinyy", ""])
-def test_a_path_that_is_not_a_directory_is_refused_without_a_download_command(name):
-    with pytest.raises(FileNotFoundError, match="no such directory; a checkpoint is") as error:
-        find_checkpoint(name)
-    assert "hf download" not in str(error.value)
 
 
 def test_the_original_layout_gives_the_same_logits(micro, tmp_path, model, processor):
@@ -97,9 +86,33 @@ def test_an_unknown_dtype_is_refused(micro):
         from_pretrained(micro, "cpu", "nonsense")
 
 
-def test_an_unknown_device_is_refused(micro):
-    with pytest.raises(ValueError, match="nonsense"):
-        from_pretrained(micro, "nonsense")
+@pytest.mark.parametrize("device", ["cpu", None, torch.device("cpu"), {"": "cpu"}, {"": None}])
+def test_a_device_map_of_one_device_means_this_device(micro, device):
+    assert from_pretrained(micro, device_map=device).device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("device_map", [1, "cuda:1", {"": 1}, {"": "cuda:1"}])
+def test_a_number_is_a_cuda_device(monkeypatch, device_map):
+    monkeypatch.setattr(devices, "check_device", lambda device: None)
+    assert choose_device(device_map) == "cuda:1"
+
+
+@pytest.mark.parametrize(
+    "device", ["nonsense", "cuda:-1", "cuda:99", -1, 99, "0", "", "CPU", True, 1.5, [0], "meta"]
+)
+def test_a_device_that_is_not_there_is_refused(micro, device):
+    with pytest.raises(ValueError, match="^device is .*, which PyTorch cannot use here; auto"):
+        from_pretrained(micro, device)
+    with pytest.raises(ValueError, match="^device is .*, which PyTorch cannot use here; auto"):
+        from_pretrained(micro, {"": device})
+
+
+@pytest.mark.parametrize(
+    "device_map", ["balanced", "sequential", {}, {"": 0, "lm_head": 1}, {"lm_head": "cpu"}]
+)
+def test_a_model_is_not_divided_among_devices(micro, device_map):
+    with pytest.raises(ValueError, match="^device_map divides the model among devices, which is"):
+        from_pretrained(micro, device_map=device_map)
 
 
 def test_tiny_is_smaller_than_16_megabytes():
@@ -155,43 +168,6 @@ def test_a_named_token_may_be_an_object(spoiled):
     tokenizer = AudioFlamingo3Processor.from_pretrained(spoiled).tokenizer
     assert tokenizer.eos_token_id == tokenizer.added_tokens["<|im_end|>"]
     assert from_pretrained(spoiled, "cpu")
-
-
-# ---- The hub cache ----
-
-
-@pytest.fixture
-def hub_cache(micro, tmp_path):
-    """A cache like that of `hf`: one model, whose snapshot consists of symbolic links."""
-    model = tmp_path / "hub" / "models--nvidia--audio-flamingo-3-hf"
-    snapshot = model / "snapshots" / "abc"
-    snapshot.mkdir(parents=True)
-    (model / "blobs").mkdir()
-    for file in micro.iterdir():
-        shutil.copy(file, model / "blobs" / file.name)
-        (snapshot / file.name).symlink_to(model / "blobs" / file.name)
-    (model / "refs").mkdir()
-    (model / "refs" / "main").write_text("abc")
-    return tmp_path / "hub"
-
-
-@pytest.mark.parametrize("variable", ["HF_HUB_CACHE", "HF_HOME"])
-def test_a_hub_name_is_found_in_the_local_cache(hub_cache, monkeypatch, variable):
-    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
-    folder = hub_cache if variable == "HF_HUB_CACHE" else hub_cache.parent
-    monkeypatch.setenv(variable, str(folder))
-    name = "nvidia/audio-flamingo-3-hf"
-    snapshot = hub_cache / "models--nvidia--audio-flamingo-3-hf" / "snapshots" / "abc"
-    assert find_checkpoint(name) == snapshot
-    assert from_pretrained(name, "cpu").dtype == torch.float32
-
-
-def test_a_missing_model_is_refused_with_the_command_that_downloads_it(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(FileNotFoundError) as error:
-        from_pretrained("nvidia/audio-flamingo-3-hf")
-    assert DOWNLOAD_COMMAND in str(error.value)
-    assert DOWNLOAD_COMMAND.startswith("hf download nvidia/audio-flamingo-3-hf")
 
 
 # ---- Faults ----

@@ -14,7 +14,7 @@ import torch
 from af3 import AudioFlamingo3Encoder, AudioFlamingo3ForConditionalGeneration
 from extras.alignment import UNCLEAR, Alignment
 from extras.answer_lines import open_output
-from extras.many_recordings import answer_jobs, read_jobs
+from extras.many_recordings import answer_jobs, choice_letter, read_jobs, with_choices
 from processor import AudioFlamingo3Processor
 from programs import PROGRAM, Terminal, generate, start_generate
 from signals import sound, write_wav
@@ -292,6 +292,13 @@ def test_choices_are_lines_of_the_prompt(run_lines, clip, tmp_path):
     (expected,) = run_lines(clip, whole_prompt, *ONE_TOKEN, "--batch-size", 1)
     assert job["response"] == expected["response"]
     assert job["prompt"] == "Which?"
+
+
+def test_choices_after_the_26th_have_letters_as_the_columns_of_a_spreadsheet():
+    letters = [choice_letter(number) for number in (0, 25, 26, 27, 51, 52, 701, 702)]
+    assert letters == ["A", "Z", "AA", "AB", "AZ", "BA", "ZZ", "AAA"]
+    lines = with_choices("Which?", ["x"] * 28).split("\n")
+    assert lines[-3:] == ["(Z) x", "(AA) x", "(AB) x"]
 
 
 def test_choose_answers_with_the_likeliest_choice(run_lines, clip, tmp_path, model, processor):

@@ -140,6 +140,17 @@ def test_float16_is_refused_when_a_quantized_model_is_loaded(saved):
         load_quantized(saved[1], "cpu", "float16")
 
 
+@pytest.mark.parametrize("device_map", ["cpu", None, {"": "cpu"}, torch.device("cpu")])
+def test_a_quantized_model_takes_the_device_maps_of_any_model(saved, device_map):
+    assert load_quantized(saved[1], device_map=device_map).device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("device_map", ["gpu", -1, 99, "balanced", {"lm_head": "cpu"}])
+def test_a_quantized_model_refuses_a_device_map_as_any_model_does(saved, device_map):
+    with pytest.raises(ValueError, match="^device.*auto"):
+        load_quantized(saved[1], device_map=device_map)
+
+
 def test_other_bits_are_refused(micro):
     with pytest.raises(ValueError, match="8 or 4 is expected"):
         quantize(from_pretrained(micro, "cpu"), bits=3)

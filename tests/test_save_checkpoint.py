@@ -6,17 +6,21 @@ That transformers gives the same answer with it is asserted by make_adapter_gold
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+import random_checkpoint
 from af3 import AudioFlamingo3ForConditionalGeneration
 from checkpoints import read_json, write_original, write_sharded
 from conftest import ROOT, TINY
-from extras.quantize import quantize
+from extras.lora import add_factors, save_adapter
+from extras.quantize import quantize, save_quantized
 from plumbing import save_checkpoint
+from plumbing.replace_file import replace_file
 from plumbing.save_checkpoint import save_model
 from processor import AudioFlamingo3Processor
 from signals import conversation, sound
@@ -47,6 +51,25 @@ def test_a_saved_model_is_loaded_unchanged(saved, model):
     assert_same_tensors(again, model)
     assert again.config == model.config
     assert again.generation_config == model.generation_config
+
+
+@pytest.mark.parametrize("top_k", [None, 0, 7, 50])
+def test_a_saved_limit_of_sampling_is_the_same_when_it_is_loaded(spoiled, top_k):
+    model = load(spoiled)
+    model.generation_config.top_k = top_k
+    model.save_pretrained(spoiled)
+    assert (load(spoiled).generation_config.top_k or 0) == (top_k or 0)
+
+
+def test_a_processor_saved_alone_is_loaded_again(processor, music_flamingo, tmp_path):
+    for number, original in enumerate(
+        [processor, AudioFlamingo3Processor.from_pretrained(music_flamingo)]
+    ):
+        original.save_pretrained(tmp_path / str(number))
+        again = AudioFlamingo3Processor.from_pretrained(tmp_path / str(number))
+        expected = original("Hi", sound(20000))["input_ids"]
+        assert torch.equal(again("Hi", sound(20000))["input_ids"], expected)
+        assert again.max_samples == original.max_samples
 
 
 def test_a_saved_processor_returns_the_same_tensors(saved, processor):
@@ -128,20 +151,17 @@ def test_a_model_can_overwrite_the_files_that_it_is_memory_mapped_from(spoiled, 
 
 
 MEASURE = """
-import resource
 import sys
 import torch
 from af3 import AudioFlamingo3ForConditionalGeneration
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+from tools.peak_memory import peak_bytes
 
 model = AudioFlamingo3ForConditionalGeneration.from_pretrained(sys.argv[1], "cpu")
 head = model.language_model.lm_head
 head.weight = torch.nn.Parameter(torch.ones(len(head.weight), 100_000))  # 259 MB
-before = peak()
+before = peak_bytes()
 model.save_pretrained(sys.argv[2])
-print((peak() - before) / head.weight.nbytes)
+print((peak_bytes() - before) / head.weight.nbytes)
 """
 
 
@@ -174,6 +194,53 @@ def test_saving_does_not_copy_the_weights_in_memory(micro, tmp_path):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert float(result.stdout) < 0.5
     assert (tmp_path / "model.safetensors").stat().st_size > 250e6
+
+
+# ---- Modes of files ----
+
+
+@pytest.fixture(params=[0o022, 0o027])
+def umask(request):
+    """Sets the umask of a test."""
+    if os.name == "nt":
+        pytest.skip("Windows has no umask")
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def modes_in(folder):
+    return {path.stat().st_mode & 0o777 for path in folder.iterdir() if path.is_file()}
+
+
+def test_all_files_have_the_mode_that_the_umask_gives(umask, micro, processor, tmp_path):
+    load(micro).save_pretrained(tmp_path / "one")
+    processor.save_pretrained(tmp_path / "one")
+    save_model(load(micro), tmp_path / "shards", max_shard_bytes=100_000)
+    save_quantized(quantize(load(micro)), tmp_path / "int8")
+    random_checkpoint.copy_words(TINY, tmp_path / "random", small=True)
+    random_checkpoint.write_random_weights(tmp_path / "random", torch.float32, seed=0)
+    replace_file(tmp_path / "page.html", "page")
+    for folder in (tmp_path, *(path for path in tmp_path.iterdir() if path.is_dir())):
+        assert modes_in(folder) == {0o666 & ~umask}, folder
+
+
+def test_an_adapter_has_the_mode_that_the_umask_gives(umask, micro, tmp_path):
+    model = load(micro)
+    add_factors(model, "language_model.lm_head", rank=2, alpha=4)
+    save_adapter(model, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert modes_in(tmp_path) == {0o666 & ~umask}
+
+
+def test_a_file_that_is_replaced_keeps_its_mode(umask, micro, tmp_path):
+    load(micro).save_pretrained(tmp_path)
+    replace_file(tmp_path / "page.html", "old")
+    for path in tmp_path.iterdir():
+        path.chmod(0o660)
+    load(micro).save_pretrained(tmp_path)
+    replace_file(tmp_path / "page.html", "new")
+    assert modes_in(tmp_path) == {0o660}
 
 
 # ---- Interruptions ----
@@ -216,6 +283,25 @@ def test_files_left_by_a_killed_save_are_removed(spoiled, model):
     load(spoiled).save_pretrained(spoiled)
     assert_same_tensors(load(spoiled), model)
     assert not (spoiled / ".saving").exists()
+
+
+def test_weights_that_windows_does_not_let_go_leave_the_checkpoint_as_it_was(
+    spoiled, model, monkeypatch
+):
+    """On Windows, a file that is memory-mapped cannot be removed or replaced."""
+    write_sharded(spoiled)
+    loaded = load(spoiled)
+    remove = Path.unlink
+
+    def unlink(path, missing_ok=False):
+        if path.parent == spoiled and path.suffix == ".safetensors":
+            raise PermissionError(13, "Permission denied", str(path))
+        remove(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    with pytest.raises(PermissionError):
+        loaded.save_pretrained(spoiled)
+    assert_same_tensors(load(spoiled), model)
 
 
 # ---- Faults ----

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from extras import score
+from extras.many_recordings import with_choices
 from extras.score import (
     chosen_letter,
     find_choices,
@@ -127,6 +128,40 @@ CHOICES = ["rain", "sea waves", "dog bark"]
 )
 def test_the_letter_of_a_choice_is_found_in_a_response(text, letter):
     assert chosen_letter(text, CHOICES) == letter
+
+
+MANY_CHOICES = [f"sound {number}" for number in range(730)]
+
+
+@pytest.mark.parametrize(
+    "text, letter",
+    [
+        ("(Z)", "Z"),
+        ("(AA)", "AA"),
+        ("(ZZ) sound 701", "ZZ"),
+        ("(AAA)", "AAA"),
+        ("sound 27", "AB"),
+        ("AA.", "AA"),
+        ("The answer is (AA).", "AA"),
+        ("The answer is A", "A"),
+        ("It is sound 26, surely", "AA"),
+        ("(A) or (AA)", None),
+        ("(ZZZ)", None),
+    ],
+)
+def test_after_26_choices_letters_are_doubled(text, letter):
+    assert chosen_letter(text, MANY_CHOICES) == letter
+
+
+@pytest.mark.parametrize("count", [2, 26, 27, 53, 703])
+def test_the_choices_that_a_prompt_lists_are_found_again(count):
+    prompt = with_choices("Which?", MANY_CHOICES[:count])
+    assert find_choices({"prompt": prompt}) == MANY_CHOICES[:count]
+
+
+def test_capitals_in_the_text_of_a_choice_are_not_a_letter():
+    assert find_choices({"prompt": "(A) Rome (NY) (B) Rome (IT)"}) == ["Rome (NY)", "Rome (IT)"]
+    assert find_choices({"prompt": "The (USA): (A) rain (B) wind"}) == ["rain", "wind"]
 
 
 def test_a_choice_whose_text_is_a_letter_counts_by_its_text():

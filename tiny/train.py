@@ -32,6 +32,7 @@ from af3 import AudioFlamingo3Config, AudioFlamingo3ForConditionalGeneration, fr
 from load_weights import read_config
 from plumbing.audio_file import load_audio, resample
 from plumbing.json_file import from_known_keys
+from plumbing.replace_file import give_usual_mode
 from plumbing.tokenizer_files import read_token_ids
 from processor import (
     N_MEL_FRAMES,
@@ -142,7 +143,7 @@ def off_topic_question(rng: random.Random) -> str:
 
 def write_tokenizer(path: Path) -> None:
     """Learns vocabulary and merges and writes them into the existing tokenizer.json."""
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     pattern = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
     words = count_words(pattern)
     vocabulary = {symbol: token_id for token_id, symbol in enumerate(byte_alphabet())}
@@ -161,7 +162,8 @@ def write_tokenizer(path: Path) -> None:
         added_tokens.append(token | {"id": token_id})
     content["added_tokens"] = added_tokens
     content["model"] |= {"vocab": vocabulary, "merges": merges}
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8", newline="\n")
 
 
 def count_words(pattern: str) -> Counter:
@@ -546,6 +548,7 @@ def save(model: AudioFlamingo3ForConditionalGeneration, path: Path) -> None:
         if name.startswith("audio_tower"):
             tensors[name] = tensor.bfloat16()
     save_file(tensors, path, {"format": "pt"})
+    give_usual_mode(path)
 
 
 def main() -> None:

@@ -19,7 +19,6 @@ same tensors, so a full-size model is in memory only once.
 import argparse
 import math
 import multiprocessing
-import resource
 import statistics
 import sys
 import time
@@ -38,6 +37,7 @@ from extras.float32_matmul import use_float32_matmul
 from extras.long_prompts import use_unmasked_attention
 from extras.quantize import LAYERS, quantize
 from extras.short_windows import encode_short_windows_apart
+from peak_memory import peak_bytes
 from plumbing.devices import choose_device
 from plumbing.terminal import exit_with
 from processor import SAMPLE_RATE, AudioFlamingo3Processor
@@ -220,7 +220,7 @@ def peak_memory(device: torch.device) -> float:
     """In GB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return peak_bytes() / 1e9
 
 
 def load_model(

@@ -2,7 +2,8 @@
 
     python tools/endure.py [--answers 1000] [--interrupts 100]
 
-Prints a table. Takes about three minutes on 2 idle cores. Exits with status 1 if a row fails.
+Needs Linux. Prints a table. Takes about three minutes on 2 idle cores. Exits with status 1 if a
+row fails.
 """
 
 import argparse

@@ -12,7 +12,7 @@ FOLDER  contains these recordings:
 To download both, on a machine with 17 GB of memory and 17 GB of disk space:
 
     pip install huggingface_hub
-    hf download nvidia/audio-flamingo-3-hf --include "*.json" "*.jinja" "model-*-of-*.safetensors"
+    hf download nvidia/audio-flamingo-3-hf "*.json" "*.jinja" "model-*-of-*.safetensors"
     hf download nvidia/AudioSkills --repo-type dataset --include "assets/*.wav" --local-dir .
     python tools/official.py nvidia/audio-flamingo-3-hf assets
 

@@ -1,6 +1,6 @@
 """Writes a checkpoint with random weights, of the official size or small, for timing.
 
-    hf download nvidia/audio-flamingo-3-hf --include "*.json" "*.jinja" --local-dir WORDS
+    hf download nvidia/audio-flamingo-3-hf "*.json" "*.jinja" --local-dir WORDS
     python tools/random_checkpoint.py WORDS FULL           16.5 GB in bfloat16
     python tools/random_checkpoint.py WORDS SMALL --small  0.25 GB in float32
     python tools/random_checkpoint.py WORDS WIDE --layers 2   4 GB: as wide, but less deep
@@ -25,6 +25,7 @@ from checkpoints import change_json, change_section
 from load_weights import read_config
 from plumbing.devices import shapes_without_memory
 from plumbing.json_file import from_known_keys
+from plumbing.replace_file import give_usual_mode
 from plumbing.save_checkpoint import INDEX, MAX_SHARD_BYTES, divide_into_shards, write_json
 from plumbing.terminal import exit_with
 from plumbing.tokenizer_files import read_token_ids
@@ -63,6 +64,7 @@ def write_random_weights(folder: Path, dtype: torch.dtype, seed: int) -> None:
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         shard = {name: random_tensor(name, shapes[name], generator) for name in names}
         save_file(shard, folder / file, metadata={"format": "pt"})
+        give_usual_mode(folder / file)
         weight_map |= dict.fromkeys(names, file)
     write_json(folder / INDEX, {"metadata": {}, "weight_map": weight_map})
 
