@@ -80,7 +80,7 @@ def what_to_get(name: str) -> str:
     return f"Perhaps {similar} is meant. To download that: {download_command(similar)}"
 
 
-def check_is_checkpoint(folder: Path, or_file: str) -> None:
+def check_is_checkpoint(folder: Path, or_file: str = "config.json") -> None:
     if (folder / "config.json").exists() or (folder / or_file).exists():
         return
     if (folder / "adapter_config.json").exists():
