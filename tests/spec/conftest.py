@@ -134,6 +134,26 @@ def checkpoint(model, tmp_path):
     return folder
 
 
+@pytest.fixture
+def sharded_checkpoint(checkpoint, tmp_path):
+    """The same with the tensors in two files and an index."""
+    from checkpoints import write_sharded
+
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "sharded"))
+    write_sharded(folder)
+    return folder
+
+
+@pytest.fixture
+def original_checkpoint(checkpoint, tmp_path):
+    """The same in the layout of nvidia/audio-flamingo-3, with its older names."""
+    from checkpoints import write_original
+
+    folder = tmp_path / "original"
+    write_original(checkpoint, folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def music_checkpoint(model, tmp_path_factory):
     """A checkpoint of Music Flamingo: the same weights, and two ids more for the borders."""
