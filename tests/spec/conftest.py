@@ -70,7 +70,9 @@ def tiny_config():
             intermediate_size=96,
             max_position_embeddings=4096,
         )
-        return AudioFlamingo3Config(audio_config, text_config, audio_token_id=644)
+        return AudioFlamingo3Config(
+            audio_config=audio_config, text_config=text_config, audio_token_id=644
+        )
 
     return make
 

@@ -131,7 +131,10 @@ def test_the_tensors_in_a_file_have_these_names(checkpoint):
 
 
 def test_a_model_that_is_saved_and_loaded_gives_the_same_logits(model, checkpoint):
-    assert torch.equal(load(checkpoint)(PROMPT).logits, model(PROMPT).logits)
+    loaded = load(checkpoint)
+
+    assert not loaded.training
+    assert torch.equal(loaded(PROMPT).logits, model(PROMPT).logits)
 
 
 def test_a_model_has_the_dtype_of_its_checkpoint_or_the_one_that_is_asked_for(checkpoint):
@@ -142,18 +145,6 @@ def test_a_model_has_the_dtype_of_its_checkpoint_or_the_one_that_is_asked_for(ch
     load(checkpoint, dtype=torch.bfloat16).save_pretrained(checkpoint)
 
     assert load(checkpoint).dtype == torch.bfloat16
-
-
-def test_a_loaded_model_answers_and_after_train_it_learns(checkpoint):
-    model = load(checkpoint)
-    assert not model.training
-
-    model.train()
-    model(PROMPT, labels=PROMPT).loss.backward()
-
-    learned = [name for name, weight in model.named_parameters() if weight.grad is not None]
-    assert any("lm_head" in name for name in learned)
-    assert any("layers.0.mlp" in name for name in learned)
 
 
 @pytest.mark.differs("transformers gives tensors that are missing random values")
@@ -300,7 +291,7 @@ def test_without_its_id_in_the_file_sound_has_the_id_of_the_tokenizer(checkpoint
 
 
 def test_generate_does_what_generation_config_json_says(checkpoint):
-    change(checkpoint / "generation_config.json", max_new_tokens=3, eos_token_id=[])
+    change(checkpoint / "generation_config.json", max_new_tokens=3)
 
     assert load(checkpoint).generate(PROMPT).shape == (1, 5 + 3)
 

@@ -67,6 +67,7 @@ def test_a_recording_stands_between_its_two_borders_however_many_windows_it_has(
     assert audio_ids(batch) == [BEGIN, *[SOUND] * 751, END]
 
 
+@pytest.mark.differs("transformers takes one recording for each conversation")
 def test_each_recording_of_a_conversation_has_its_own_borders(music_processor, sound):
     turns = [user(sound(321)), {"role": "assistant", "content": "Hi"}, user(sound(640))]
 
@@ -124,20 +125,20 @@ def test_the_first_frame_of_a_recording_is_not_rotated(model, music_model):
     plain = model.get_audio_features(features, mask)
 
     assert torch.allclose(rotated[0], plain[0], atol=1e-5)
-    assert (rotated[24] - plain[24]).abs().max() > 0.1
+    assert (rotated[24] - plain[24]).abs().max() > 0.01
 
 
 @torch.no_grad()
 def test_between_encoder_and_projector_a_frame_is_rotated_by_its_time_and_place(model, music_model):
-    features, mask = windows(3000, 100)
+    features, mask = windows(3000, 3000, 100)
     frames = model.audio_tower(features, mask)
 
-    rotated = music_model.get_audio_features(features, mask, torch.tensor([1, 2]))
+    rotated = music_model.get_audio_features(features, mask, torch.tensor([0, 1, 2]))
 
-    for window, frame, row in [(1, 0, 0), (1, 10, 10), (1, 749, 749), (2, 0, 750), (2, 24, 774)]:
-        turned = plain_rotation(frames[window - 1, frame], window, frame)
+    for window, frame in [(0, 1), (0, 749), (1, 0), (1, 749), (2, 0), (2, 24)]:
+        turned = plain_rotation(frames[window, frame], window, frame)
         projected = model.multi_modal_projector(turned)
-        assert torch.allclose(rotated[row], projected, atol=1e-3)
+        assert torch.allclose(rotated[750 * window + frame], projected, atol=1e-3)
 
 
 def test_at_full_size_the_angles_are_those_of_the_official_code():
@@ -161,14 +162,15 @@ def test_a_bfloat16_frame_is_rotated_by_exact_angles_and_rounded_once():
     assert rotated.dtype == torch.bfloat16
 
 
-def test_the_ninth_window_of_a_recording_is_rotated_like_any_other(music_model):
-    features, mask = windows(*[8] * 10)
-    places = torch.arange(10)
+@torch.no_grad()
+def test_the_ninth_window_of_a_recording_is_rotated_like_any_other(model, music_model):
+    features, mask = windows(*[4] * 9)
+    frames = model.audio_tower(features, mask)
 
-    together = music_model.get_audio_features(features, mask, places)
+    rotated = music_model.get_audio_features(features, mask, torch.arange(9))
 
-    last = music_model.get_audio_features(features[9:], mask[9:], places[9:])
-    assert torch.allclose(together[-2:], last, atol=1e-5)
+    projected = model.multi_modal_projector(plain_rotation(frames[8, 0], 8, 0))
+    assert torch.allclose(rotated[8], projected, atol=1e-3)
 
 
 @pytest.mark.differs("transformers counts a window without audio frames to the next recording")
