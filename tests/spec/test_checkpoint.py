@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import load_weights
-from af3 import AudioFlamingo3Config, AudioFlamingo3ForConditionalGeneration
+from af3 import AudioFlamingo3ForConditionalGeneration
 from processor import AudioFlamingo3Processor
 
 # All tensors but those of further layers.
@@ -114,14 +114,6 @@ def is_same(tensors, others):
 
 
 # ---- The model ----
-
-
-@pytest.mark.differs("there, config.json has the sizes, and the defaults are of another model")
-def test_the_official_model_has_8_27_billion_parameters():
-    with torch.device("meta"):
-        model = AudioFlamingo3ForConditionalGeneration(AudioFlamingo3Config())
-
-    assert sum(weight.numel() for weight in model.parameters()) == 8_267_215_360
 
 
 def test_the_tensors_in_a_file_have_these_names(checkpoint):
