@@ -2,9 +2,11 @@
 There, arguments have other names and places. Every number comes from there."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 import transformers
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.audioflamingo3 import modeling_audioflamingo3 as audio
 from transformers.models.musicflamingo import modeling_musicflamingo as music
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
@@ -16,7 +18,7 @@ AudioFlamingo3MultiModalProjector = audio.AudioFlamingo3MultiModalProjector
 Qwen2Config = partial(transformers.Qwen2Config, **SDPA)
 Qwen2MLP, Qwen2RMSNorm, rotate_half = qwen2.Qwen2MLP, qwen2.Qwen2RMSNorm, qwen2.rotate_half
 GenerationConfig = transformers.GenerationConfig
-KeyValueCache = splice = None  # inside `generate` and the forward pass there
+KeyValueCache = transformers.DynamicCache
 frame_counts = partial(audio.AudioFlamingo3Encoder._get_feat_extract_output_lengths, None)
 
 
@@ -32,6 +34,17 @@ class AudioFlamingo3Encoder(audio.AudioFlamingo3Encoder):
     def __call__(self, *arguments, **by_name):  # by name in the whole model
         output = super().__call__(*arguments, **by_name)
         return output if by_name else output.last_hidden_state
+
+
+def splice(x, is_sound, audio_frames):
+    """The forward pass there, with values in the place of embedding, encoder and decoder."""
+    model = audio.AudioFlamingo3Model
+    me = SimpleNamespace(config=SimpleNamespace(audio_token_id=1, return_dict=True))
+    me.get_input_embeddings = lambda: lambda ids: x
+    me.get_audio_features = lambda *_, **__: SimpleNamespace(pooler_output=audio_frames)
+    me.get_placeholder_mask = partial(model.get_placeholder_mask, me)
+    me.language_model = lambda inputs_embeds, **_: BaseModelOutputWithPast(inputs_embeds)
+    return model.forward(me, is_sound.long(), audio_frames).last_hidden_state
 
 
 def rotary_tables(positions, head_dim, base, dtype):
