@@ -34,11 +34,14 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     folder = config.getoption("implementation")
+    if folder is None:
+        return
     if folder == "transformers":
         folder = TESTS / "support" / "transformers_implementation"
-    if folder is not None:
-        # Before anything imports af3 or processor: fixtures import them, this file does not.
-        sys.path.insert(0, str(Path(folder).resolve()))
+    if not (Path(folder) / "af3.py").exists():
+        raise pytest.UsageError(f"--implementation {folder}: no af3.py inside.")
+    # Before anything imports af3 or processor: fixtures import them, this file does not.
+    sys.path.insert(0, str(Path(folder).resolve()))
 
 
 @pytest.fixture(scope="session")
