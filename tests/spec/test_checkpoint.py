@@ -155,6 +155,14 @@ def test_a_tensor_that_is_missing_or_not_expected_or_of_another_shape_is_refused
         (checkpoint / "config.json").write_text(original)
 
 
+@pytest.mark.differs("transformers loads whatever the file is")
+def test_a_checkpoint_of_another_model_is_refused(checkpoint):
+    change(checkpoint / "config.json", model_type="qwen2_audio")
+
+    with pytest.raises(ValueError, match="config.json: model_type is 'qwen2_audio'; an audiofl"):
+        load(checkpoint)
+
+
 # ---- The layouts ----
 
 
@@ -296,6 +304,13 @@ def test_the_tokenizer_names_the_end_and_the_padding_of_an_answer_if_the_file_do
     assert options == {"eos_token_id": 620, "pad_token_id": 646}  # <|im_end|>, [PAD]
 
 
+def test_an_option_out_of_its_range_is_refused_by_its_name_and_the_files(checkpoint):
+    change(checkpoint / "generation_config.json", max_new_tokens=0)
+
+    with pytest.raises(ValueError, match="generation_config.json: max_new_tokens is 0; "):
+        load_weights.read_configs(checkpoint)
+
+
 # ---- The processor's files ----
 
 
@@ -327,6 +342,13 @@ def test_the_default_system_message_is_that_of_the_chat_template(checkpoint):
 
     text = processor.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
     assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n")
+
+
+def test_without_files_of_a_processor_its_settings_are_these(original_checkpoint):
+    assert load_weights.read_processor_config(original_checkpoint, {}) == {
+        "max_audio_len": 600,
+        "system_message": "You are a helpful assistant.",
+    }
 
 
 def test_the_default_transcription_prompt_may_be_in_processor_config_json(checkpoint):

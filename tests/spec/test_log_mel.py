@@ -79,10 +79,11 @@ def test_the_samples_after_30_s_are_the_mirror_image_of_the_padded_window(sound)
 
 
 def test_a_short_clip_is_followed_by_silence_up_to_30_s(sound):
-    samples = torch.from_numpy(sound(16_050))
-    padded = torch.cat([samples, torch.zeros(480_000 - 16_050)])
+    for num_samples in (16_000, 16_050):
+        samples = torch.from_numpy(sound(num_samples))
+        padded = torch.cat([samples, torch.zeros(480_000 - num_samples)])
 
-    assert (log_mel(samples) - log_mel(padded)).abs().max() < 1e-5
+        assert (log_mel(samples) - log_mel(padded)).abs().max() < 1e-5
 
 
 def test_silence_has_the_power_1e_10_and_so_the_value_minus_1_5():

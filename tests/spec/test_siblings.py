@@ -3,14 +3,18 @@
 The model of these tests has the weights of `model`, with two rows more in its vocabulary.
 """
 
+import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
 from af3 import AudioFlamingo3EncoderConfig
+from extras import music_flamingo
 from extras.music_flamingo import RotaryTimeConfig, RotaryTimeEmbedding
+from processor import MusicFlamingoProcessor
 
 SOUND, BEGIN, END = 644, 647, 648  # <sound>, <|sound_bos|>, <|sound_eos|>
 
@@ -78,6 +82,21 @@ def test_each_recording_of_a_conversation_has_its_own_borders(music_processor, s
     assert ids[-3:] == [BEGIN, SOUND, END]
 
 
+def test_the_borders_are_those_that_processor_config_json_names_if_it_names_them(
+    music_checkpoint, tmp_path, sound
+):
+    folder = shutil.copytree(music_checkpoint, tmp_path / "checkpoint")
+    fields = json.loads((folder / "processor_config.json").read_text())
+    begin, end = fields.pop("audio_bos_token"), fields.pop("audio_eos_token")
+    for names, ids in [
+        ({}, [BEGIN, END]),
+        ({"audio_bos_token": end, "audio_eos_token": begin}, [END, BEGIN]),
+    ]:
+        (folder / "processor_config.json").write_text(json.dumps(fields | names))
+        batch = MusicFlamingoProcessor.from_pretrained(folder)("Hi", sound(321))
+        assert batch["input_ids"][0, -10:-7].tolist() == [ids[0], SOUND, ids[1]]
+
+
 def test_labels_are_minus_100_on_the_borders_too(music_processor, sound):
     batch = music_processor("Hi", sound(321), output_labels=True)
 
@@ -116,6 +135,31 @@ def test_the_batch_says_which_window_of_its_recording_each_window_is(music_proce
 
 
 # ---- Rotary time ----
+
+
+def test_without_audio_they_compute_what_audio_flamingo_3_does(model, music_model):
+    prompt = torch.tensor([[619, 562, 198, 39, 72]])
+
+    logits = music_model(prompt).logits[..., :647]  # without the borders
+
+    assert torch.allclose(logits, model(prompt).logits, atol=1e-5)
+
+
+def test_period_and_fraction_and_frame_step_are_at_the_top_of_config_json():
+    fields = {
+        "model_type": "musicflamingo",
+        "rope_theta": 900.0,
+        "partial_rotary_factor": 0.1,
+        "audio_frame_step": 0.02,
+        "head_dim": 8,  # is there, and means nothing
+    }
+
+    section = music_flamingo.rotary_time_section(fields)
+
+    config = music_flamingo.read_rotary_time_config(section)
+    assert config == RotaryTimeConfig(900.0, 0.1, 0.02)
+    assert music_flamingo.read_rotary_time_config({}) is None
+    assert RotaryTimeConfig() == RotaryTimeConfig(1200.0, 0.2, 0.01)
 
 
 def test_the_first_frame_of_a_recording_is_not_rotated(model, music_model):

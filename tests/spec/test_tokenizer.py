@@ -78,7 +78,9 @@ def test_strip_prefix_removes_an_introduction_a_full_stop_and_a_pair_of_quotes(p
         "The transcription of the audio is",
         "The content of the input audio is",
     ):
-        ids = [processor.tokenizer.encode(f"{introduction} 'It is \"so\".'.")]
+        text = f"{introduction} 'It is \"so\".'."
+        ids = [processor.tokenizer.encode(text)]
+        assert processor.batch_decode(ids) == [text]
         assert processor.batch_decode(ids, strip_prefix=True) == ['It is "so".']
 
 
