@@ -296,12 +296,15 @@ def test_generate_does_what_generation_config_json_says(checkpoint):
     assert load(checkpoint).generate(PROMPT).shape == (1, 5 + 3)
 
 
-def test_the_tokenizer_names_the_end_and_the_padding_of_an_answer_if_the_file_does_not(checkpoint):
-    (checkpoint / "generation_config.json").unlink()
-
-    _, options = load_weights.read_configs(checkpoint)
-
-    assert options == {"eos_token_id": 620, "pad_token_id": 646}  # <|im_end|>, [PAD]
+def test_the_end_and_the_padding_of_an_answer_are_named_there_or_else_by_the_tokenizer(checkpoint):
+    path = checkpoint / "generation_config.json"
+    for fields, end, padding in [
+        ({"eos_token_id": [620, 618], "pad_token_id": 618}, [620, 618], 618),
+        ({}, 620, 646),  # <|im_end|>, [PAD]
+    ]:
+        path.write_text(json.dumps(fields))
+        _, options = load_weights.read_configs(checkpoint)
+        assert options == {"eos_token_id": end, "pad_token_id": padding}
 
 
 def test_an_option_out_of_its_range_is_refused_by_its_name_and_the_files(checkpoint):
