@@ -17,13 +17,31 @@ TINY = ROOT / "tiny"
 SHARED = ROOT.parent / "shared"
 sys.path[:0] = [str(ROOT), str(TESTS), str(ROOT / "tools")]
 
-import generate
-from af3 import AudioFlamingo3ForConditionalGeneration
 from checkpoints import write_music_flamingo
-from processor import AudioFlamingo3Processor
 from signals import sound, write_wav
 
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "processor_config.json"]
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--implementation",
+        metavar="DIR",
+        help="for tests/spec: take af3.py and processor.py from DIR; "
+        "transformers: from the library, through tests/support/transformers_implementation/",
+    )
+
+
+def pytest_configure(config):
+    folder = config.getoption("implementation")
+    if folder is None:
+        return
+    if folder == "transformers":
+        folder = TESTS / "support" / "transformers_implementation"
+    if not (Path(folder) / "af3.py").exists():
+        raise pytest.UsageError(f"--implementation {folder}: no af3.py inside.")
+    # Before anything imports af3 or processor: fixtures import them, this file does not.
+    sys.path.insert(0, str(Path(folder).resolve()))
 
 
 @pytest.fixture(scope="session")
@@ -53,11 +71,15 @@ def spoiled(micro, tmp_path) -> Path:
 
 @pytest.fixture(scope="session")
 def model(micro):
+    from af3 import AudioFlamingo3ForConditionalGeneration
+
     return AudioFlamingo3ForConditionalGeneration.from_pretrained(micro, device_map="cpu")
 
 
 @pytest.fixture(scope="session")
 def processor(micro):
+    from processor import AudioFlamingo3Processor
+
     return AudioFlamingo3Processor.from_pretrained(micro)
 
 
@@ -99,6 +121,7 @@ def odd_clip(clip) -> str:
 @pytest.fixture
 def run(monkeypatch, capsys, micro):
     """Runs the command line in this process; returns (exit status, stdout, stderr)."""
+    import generate
 
     def call(*arguments, model=micro):
         command = ["generate.py", "--model", model, "--device", "cpu", *arguments]
