@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from af3 import (
+    AudioFlamingo3Config,
     AudioFlamingo3ForConditionalGeneration,
     Qwen2Attention,
     Qwen2Config,
@@ -102,13 +103,14 @@ def is_close(x, expected, limit=1e-6):
 
 
 @pytest.mark.differs("the defaults of transformers are those of another Qwen2")
-def test_the_official_decoder_is_that_of_qwen2_5_7b():
+def test_the_official_decoder_is_that_of_qwen2_5_7b_with_a_sound_id():
     config = Qwen2Config()
     assert (config.num_hidden_layers, config.hidden_size) == (28, 3584)
     assert (config.num_attention_heads, config.num_key_value_heads) == (28, 4)
     assert (config.head_dim, config.intermediate_size) == (128, 18944)
     assert (config.vocab_size, config.max_position_embeddings) == (151672, 32768)
     assert (config.rms_norm_eps, config.rope_theta) == (1e-6, 1e6)
+    assert AudioFlamingo3Config().audio_token_id == 151669
 
 
 # ---- RMSNorm ----
@@ -228,15 +230,13 @@ def test_no_token_sees_a_later_one(model):
     assert difference[3:].min() > 1e-3
 
 
-def test_padding_on_the_left_or_the_right_changes_nothing(model):
-    expected = model(torch.tensor([[1, 2, 3]])).logits[0]
-    left = [7, 9, 1, 2, 3], [0, 0, 1, 1, 1]
-    right = [1, 2, 3, 7, 9], [1, 1, 1, 0, 0]
-    both = [7, 1, 2, 3, 9], [0, 1, 1, 1, 0]
-    for ids, mask in (left, right, both):
-        is_real = torch.tensor([mask]).bool()
-        logits = model(torch.tensor([ids]), is_real).logits[is_real]
-        assert is_close(logits, expected, limit=1e-4)
+def test_padding_on_either_side_changes_nothing_in_whatever_row(model):
+    ids = torch.tensor([[6, 9, 1, 2, 3], [4, 5, 7, 9, 9], [8, 1, 0, 0, 0], [6, 5, 4, 2, 1]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [0, 1, 0, 0, 0], [1, 1, 1, 1, 1]])
+    logits = model(ids, mask).logits
+    for row, is_real in enumerate(mask.bool()):
+        alone = model(ids[row, is_real][None]).logits[0]
+        assert is_close(logits[row, is_real], alone, limit=1e-4)
 
 
 @pytest.mark.differs("in transformers, padding between tokens takes positions")
@@ -246,21 +246,6 @@ def test_padding_between_tokens_takes_no_position(model):
     assert is_close(logits, model(torch.tensor([[1, 2, 3]])).logits[0], limit=1e-4)
 
 
-def test_each_row_of_a_batch_may_have_its_own_padding(model):
-    ids = torch.tensor([[1, 2, 3, 4], [7, 7, 5, 6], [8, 7, 7, 7]])
-    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1], [1, 0, 0, 0]])
-    logits = model(ids, mask).logits
-    assert is_close(logits[0], model(ids[:1]).logits[0], limit=1e-4)
-    assert is_close(logits[1, 2:], model(ids[1:2, 2:]).logits[0], limit=1e-4)
-    assert is_close(logits[2, :1], model(ids[2:, :1]).logits[0], limit=1e-4)
-
-
 def test_without_an_attention_mask_every_token_is_real(model):
     ids = torch.tensor([[0, 1, 643, 0]])
     assert torch.equal(model(ids).logits, model(ids, torch.ones_like(ids)).logits)
-
-
-@pytest.mark.differs("transformers computes what nobody asked for")
-def test_a_row_of_nothing_but_padding_is_refused(model):
-    with pytest.raises(ValueError, match="^attention_mask must have .* a 1 in every row"):
-        model(torch.tensor([[1, 2], [3, 4]]), torch.tensor([[1, 1], [0, 0]]))

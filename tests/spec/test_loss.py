@@ -54,14 +54,6 @@ def test_padding_on_the_left_predicts_nothing(model):
     assert abs(loss - model(alone, labels=alone).loss) < 1e-5
 
 
-def test_padding_on_the_right_with_labels_of_minus_100_changes_nothing(model):
-    ids = torch.tensor([[3, 1, 4, 7, 7]])
-    mask = torch.tensor([[1, 1, 1, 0, 0]])
-    alone = torch.tensor([[3, 1, 4]])
-    loss = model(ids, mask, labels=torch.tensor([[3, 1, 4, -100, -100]])).loss
-    assert abs(loss - model(alone, labels=alone).loss) < 1e-5
-
-
 def test_the_loss_of_a_bfloat16_model_is_computed_in_float32(model):
     ids = torch.tensor([[3, 1, 4, 1]])
     output = copy.deepcopy(model).bfloat16()(ids, labels=ids)
