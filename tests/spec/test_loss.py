@@ -63,10 +63,11 @@ def test_the_loss_of_a_bfloat16_model_is_computed_in_float32(model):
     assert abs(output.loss - expected) < 1e-5
 
 
-def test_a_loaded_model_trains_after_train_alone(checkpoint):
+def test_a_model_is_loaded_for_inference_and_trains_after_train_alone(checkpoint):
     model = AudioFlamingo3ForConditionalGeneration.from_pretrained(checkpoint, device_map="cpu")
-    ids = torch.tensor([[3, SOUND, SOUND, 5]])
+    assert not model.training
     model.train()
+    ids = torch.tensor([[3, SOUND, SOUND, 5]])
     model(ids, **audio(), labels=torch.tensor([[-100, -100, -100, 5]])).loss.backward()
     for name, parameter in model.named_parameters():
         if not name.endswith("embed_positions.weight"):  # transformers keeps them as they are

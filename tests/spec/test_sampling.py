@@ -53,6 +53,7 @@ def test_top_k_keeps_the_k_likeliest_ids_in_their_proportions():
     assert abs(float(kept[2]) - 0.75) < 0.03
 
 
+@pytest.mark.differs("transformers fills in its defaults only in generate")
 def test_top_k_is_50_if_nothing_is_said_as_in_transformers():
     logits = (torch.arange(60) / 100).tolist()
     assert drawn(logits) == list(range(10, 60))
@@ -108,6 +109,7 @@ def test_an_id_is_penalized_once_however_often_it_was_seen():
 # ---- Options ----
 
 
+@pytest.mark.differs("transformers fills in its defaults only in generate")
 def test_the_options_if_nothing_is_said_are_greedy_512_tokens_and_no_end():
     options = GenerationConfig()
     assert (options.do_sample, options.max_new_tokens) == (False, 512)

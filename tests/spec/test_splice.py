@@ -30,6 +30,7 @@ def test_audio_frames_are_cast_to_the_dtype_of_the_embeddings():
     assert splice(x, torch.tensor([[True, False]]), torch.ones(1, 3)).dtype == torch.bfloat16
 
 
+@pytest.mark.differs("transformers refuses them with another sentence")
 def test_as_many_sounds_as_audio_frames_are_expected():
     for tokens, frames in [(2, 1), (1, 2), (0, 1)]:
         is_sound = torch.arange(3)[None] < tokens
@@ -44,13 +45,11 @@ def test_sound_ids_in_a_prompt_without_audio_are_refused(model):
         model(torch.tensor([[3, SOUND, SOUND, 5]]))
 
 
-def test_of_a_prompt_with_audio_the_embedding_of_the_sound_id_is_not_used(model):
+def test_the_configuration_says_which_id_is_replaced_whatever_its_own_embedding(model):
     other_model = copy.deepcopy(model)
-    for name, weight in other_model.named_parameters():
-        if name.endswith("embed_tokens.weight"):
-            weight.data[SOUND] = 9.0
-    ids = torch.tensor([[3, SOUND, 5]])
-    assert torch.equal(other_model(ids, **audio(4)).logits, model(ids, **audio(4)).logits)
+    other_model.config.audio_token_id = 7
+    logits = other_model(torch.tensor([[3, 7, 5]]), **audio(4)).logits
+    assert torch.equal(logits, model(torch.tensor([[3, SOUND, 5]]), **audio(4)).logits)
 
 
 def test_the_windows_of_a_batch_belong_to_its_rows_in_order(model):
