@@ -274,8 +274,10 @@ def test_sampled_ids_follow_each_other_as_the_options_say(counting_model):
 
 
 def test_the_repetition_penalty_counts_the_ids_of_the_prompt_and_the_new_ones(counting_model):
-    options = {"repetition_penalty": 1e5, "max_new_tokens": 8}
-    assert new_ids(counting_model, [[5, 8, 3]], **options) == [[4, 6, 7, 9, 10, 11, 0, 1]]
+    options = {"repetition_penalty": 1e5, "max_new_tokens": 11}
+    # First all that were not in the prompt. Then all have been seen, 4 as well as 3.
+    expected = [4, 6, 7, 8, 9, 10, 11, 0, 1, 2, 3]
+    assert new_ids(counting_model, [[5, 3]], **options) == [expected]
 
 
 def test_the_repetition_penalty_does_not_count_padding_or_the_other_rows(counting_model):
