@@ -158,9 +158,17 @@ def test_audio_is_encoded_once_and_heard_at_every_step(model, inputs_of):
     assert new.tolist() == greedy_by_hand(model, prompt[0].tolist(), 6, **audio(8))
 
 
-def test_a_prompt_of_more_than_4096_tokens_is_read_in_parts_which_changes_nothing(
-    tiny_config, randomized
+@pytest.mark.differs("transformers reads a prompt in one part")
+def test_a_prompt_is_read_in_parts_of_4096_then_1024_tokens_which_limits_memory(
+    counting_model, inputs_of
 ):
+    counting_model.config.text_config.max_position_embeddings = 6000
+    parts = inputs_of(module_of(counting_model, "language_model.model.layers.0"))
+    new_ids(counting_model, [[3] * 5123], max_new_tokens=1)
+    assert [x.shape[1] for x in parts] == [4096, 1024, 3]
+
+
+def test_reading_a_long_prompt_in_parts_changes_nothing(tiny_config, randomized):
     config = tiny_config()
     config.text_config.max_position_embeddings = 6000
     model = randomized(AudioFlamingo3ForConditionalGeneration(config))
