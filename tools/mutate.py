@@ -8,7 +8,6 @@ and at all. Tests that do not end count as failed. Needs git, and `timeout` of G
 """
 
 import argparse
-import os
 import re
 import shutil
 import subprocess
@@ -20,14 +19,15 @@ from pathlib import Path
 from subprocess import DEVNULL, PIPE, STDOUT
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from plumbing.terminal import exit_with
 
 # Arguments of pytest, and the seconds after which it is stopped, with status -9. In a copy, one
 # edit no longer fits, so the test that they all do is left out.
 SPEC = ("tests/spec",)
 OTHERS = ("tests", "--ignore=tests/spec", "--ignore-glob=*test_mutate.py")
-SECONDS = {SPEC: 200, OTHERS: 2000}
-
-# Runs pytest, then says which file it has imported as the module argv[1].
+SECONDS = {SPEC: 600, OTHERS: 3600}
+# Its program says, after the tests, which file they have imported as the module argv[1].
 PYTEST = """import sys, pytest
 status = pytest.main(sys.argv[2:])
 print("imported:", getattr(sys.modules.get(sys.argv[1]), "__file__", None))
@@ -66,7 +66,7 @@ def first_failure(edit: Edit, tests: tuple) -> str | None:
         for name in subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).split():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, copy / name)
-        os.symlink(ROOT.parent / "shared", copy.parent / "shared")  # where tests look for data
+        (copy.parent / "shared").symlink_to(ROOT.parent / "shared")  # where tests look for data
         edited = copy / edit.file
         edited.write_text(edited_source(edit), encoding="utf-8")
         command = ["timeout", "--signal=KILL", str(SECONDS[tests]), sys.executable, "-c", PYTEST]
@@ -99,7 +99,7 @@ def print_rates(edits: list[Edit], noticed: list) -> None:
         print(f"{row}: {len(groups)} edits, {spec:.1%} noticed by tests/spec, {total:.1%} at all")
 
 
-def main() -> None:
+def main() -> int | None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", default="", metavar="TEXT", help="edits with this text")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="edits at a time")
@@ -110,11 +110,11 @@ def main() -> None:
     for edit in edits:
         edited_source(edit)
     groups = [SPEC] if args.spec_only else [SPEC, OTHERS]
-    if args.check or noticed_by(NO_FAULT, groups):  # the tests must pass without any fault
-        return
+    if args.check or noticed_by(NO_FAULT, groups):
+        return 0 if args.check else 1  # 1: the tests fail without any fault
     with ThreadPoolExecutor(args.jobs) as pool:
         print_rates(edits, list(pool.map(noticed_by, edits, [groups] * len(edits))))
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)
