@@ -98,11 +98,11 @@ def change(path, section=None, **fields):
     path.write_text(json.dumps(content))
 
 
-def num_windows(folder, seconds=100):
-    """The number of windows of silence that the processor of a checkpoint takes."""
+def seconds_heard(folder, seconds=100):
+    """How much the processor of a checkpoint hears of so many seconds of silence."""
     processor = AudioFlamingo3Processor.from_pretrained(folder)
     silence = np.zeros(seconds * 16000, dtype=np.float32)
-    return len(processor("Hi", silence)["input_features"])
+    return int(processor("Hi", silence)["feature_attention_mask"].sum()) / 100
 
 
 def is_same(tensors, others):
@@ -318,23 +318,23 @@ def test_an_option_out_of_its_range_is_refused_by_its_name_and_the_files(checkpo
 
 
 def test_max_audio_len_is_the_number_of_seconds_that_are_heard_in_whole_windows(checkpoint):
-    for seconds, windows in [(60, 2), (70, 2), (30, 1)]:
+    for seconds, heard in [(60, 60), (70, 60), (30, 30)]:
         change(checkpoint / "processor_config.json", max_audio_len=seconds)
 
-        assert num_windows(checkpoint) == windows
+        assert seconds_heard(checkpoint) == heard
 
 
 @pytest.mark.differs("transformers takes no window then, and fails")
 def test_a_max_audio_len_below_30_s_is_one_window(checkpoint):
     change(checkpoint / "processor_config.json", max_audio_len=10)
 
-    assert num_windows(checkpoint) == 1
+    assert seconds_heard(checkpoint) == 30
 
 
 def test_without_max_audio_len_600_s_are_heard(checkpoint):
     change(checkpoint / "processor_config.json", max_audio_len=...)
 
-    assert num_windows(checkpoint, seconds=620) == 20
+    assert seconds_heard(checkpoint, 620) == 600
 
 
 def test_the_default_system_message_is_that_of_the_chat_template(checkpoint):
@@ -355,12 +355,14 @@ def test_without_files_of_a_processor_its_settings_are_these(original_checkpoint
 
 
 def test_the_default_transcription_prompt_may_be_in_processor_config_json(checkpoint):
-    change(checkpoint / "processor_config.json", default_transcription_prompt="Write it down.")
+    path = checkpoint / "processor_config.json"
+    for prompt, asked in [("Write it.", "Write it."), (..., "Transcribe the input speech.")]:
+        change(path, default_transcription_prompt=prompt)
+        processor = AudioFlamingo3Processor.from_pretrained(checkpoint)
 
-    processor = AudioFlamingo3Processor.from_pretrained(checkpoint)
+        batch = processor.apply_transcription_request(np.zeros(400, dtype=np.float32))
 
-    ids = processor.apply_transcription_request(np.zeros(400, dtype=np.float32))["input_ids"][0]
-    assert "<sound>Write it down.<|im_end|>" in processor.decode(ids)
+        assert f"<sound>{asked}<|im_end|>" in processor.decode(batch["input_ids"][0])
 
 
 def test_other_log_mel_features_are_refused_by_name(checkpoint):

@@ -195,6 +195,20 @@ def test_at_full_size_the_angles_are_those_of_the_official_code():
     assert angles[2, 749, 128].cos().item() == pytest.approx(0.31526735, abs=1e-6)
 
 
+def test_the_angles_are_computed_in_float32_in_this_order():
+    embedding = RotaryTimeEmbedding(RotaryTimeConfig(), AudioFlamingo3EncoderConfig())
+    frames = torch.arange(750.0)
+    seconds = torch.tensor(2) * 750 * 0.04 + frames * 0.04
+    frequencies = 1 / 1200 ** (torch.arange(0, 256, 2) / 256)
+    by_window = (torch.tensor(2) / 1200 * frequencies).expand(750, 128)
+    by_frame = (frames[:, None] / 1200 * (2 * math.pi)) * frequencies
+
+    angles = embedding.angles(torch.tensor([2]), 750)[0]
+
+    expected = torch.cat([by_window, by_frame], dim=1) * (-seconds * 2 * math.pi)[:, None]
+    assert torch.equal(angles, expected)
+
+
 def test_a_bfloat16_frame_is_rotated_by_exact_angles_and_rounded_once():
     embedding = RotaryTimeEmbedding(RotaryTimeConfig(), AudioFlamingo3EncoderConfig())
     x = torch.randn(1, 20, 1280, generator=torch.Generator().manual_seed(0)).bfloat16()

@@ -37,7 +37,7 @@ def test_text_is_normalized_to_nfc(processor):
 
 
 def test_any_text_comes_back_from_its_ids(processor):
-    text = "  What's   this?\n\n\tÜnïcode, 日本, 🎵 and 3.14  "
+    text = "  What's   this?\n\n\tÜnïcode, 日本, 🎵, ﬁ² and 3.14  "
 
     assert processor.tokenizer.decode(processor.tokenizer.encode(text)) == text
 
@@ -63,6 +63,10 @@ def test_skipping_special_tokens_skips_only_those_that_are_marked_special(proces
 
     assert processor.decode(ids) == "<|im_start|>Hi<tool_call><|im_end|>"
     assert processor.decode(ids, skip_special_tokens=True) == "Hi<tool_call>"
+
+
+def test_half_a_character_is_decoded_to_the_replacement_character(processor):
+    assert processor.decode([39, 127]) == "H\ufffd"
 
 
 @pytest.mark.differs("transformers has streamers instead")
