@@ -11,15 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-TESTS = Path(__file__).resolve().parent
-ROOT = TESTS.parent
-TINY = ROOT / "tiny"
-SHARED = ROOT.parent / "shared"
-sys.path[:0] = [str(ROOT), str(TESTS), str(ROOT / "tools")]
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support"), str(ROOT / "tools")]
 
 import generate
 from af3 import AudioFlamingo3ForConditionalGeneration
 from checkpoints import write_music_flamingo
+from places import DATA, SHARED, TINY
 from processor import AudioFlamingo3Processor
 from signals import sound, write_wav
 
@@ -30,7 +28,7 @@ TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "processor_config.
 def micro(tmp_path_factory) -> Path:
     """A complete checkpoint with seeded random weights and tiny/'s tokenizer. Do not modify it."""
     folder = tmp_path_factory.mktemp("micro")
-    for file in (TESTS / "micro").iterdir():
+    for file in (DATA / "micro").iterdir():
         shutil.copy(file, folder)
     for name in TOKENIZER_FILES:
         shutil.copy(TINY / name, folder)
@@ -64,7 +62,7 @@ def processor(micro):
 @pytest.fixture(scope="session")
 def goldens() -> dict[str, torch.Tensor]:
     """The outputs of transformers and peft, recorded by make_goldens.py."""
-    arrays = np.load(TESTS / "goldens.npz")
+    arrays = np.load(DATA / "goldens.npz")
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 

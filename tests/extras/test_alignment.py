@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from af3 import AudioFlamingo3ForConditionalGeneration, rotary_tables, split_heads
-from conftest import TINY
 from extras.alignment import (
     KEPT_HEADS,
     align,
@@ -20,6 +19,7 @@ from extras.alignment import (
     word_spans,
 )
 from extras.many_recordings import count_audio_frames
+from places import TINY
 from plumbing.audio_file import load_audio
 from processor import AudioFlamingo3Processor, feature_batch
 from signals import sound

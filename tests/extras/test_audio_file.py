@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import SHARED
 from peak_memory import peak_bytes
+from places import SHARED
 from plumbing.audio_file import explain_ffmpeg, load_audio, resample, resample_piece
 from signals import sound, write_wav
 from wav import wav_bytes

@@ -12,8 +12,8 @@ import torch
 
 import generate as program
 from af3 import AudioFlamingo3ForConditionalGeneration
-from conftest import TINY
 from extras.chat import Conversation, file_name
+from places import TINY
 from programs import Terminal, generate, interrupt_until_it_ends, start_generate
 from signals import sound
 

@@ -18,8 +18,8 @@ from checkpoints import (
     write_original,
     write_sharded,
 )
-from conftest import TINY
 from load_weights import read_config
+from places import TINY
 from plumbing import devices
 from plumbing.devices import choose_device
 from plumbing.tokenizer_files import read_token_ids

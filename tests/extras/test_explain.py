@@ -5,9 +5,9 @@ import time
 import pytest
 import torch
 
-from conftest import TINY
 from extras.explain import picture, window_widths
 from extras.stage_trace import describe_frames, fold_prompt, follow
+from places import TINY
 from processor import feature_batch
 from signals import sound, write_wav
 

@@ -14,7 +14,6 @@ import torch
 
 from af3 import AudioFlamingo3ForConditionalGeneration
 from browser import Browser, find_browser
-from conftest import TINY
 from extras.explain_page import (
     TEMPLATE,
     check_page_name,
@@ -23,6 +22,7 @@ from extras.explain_page import (
     wav,
     write_page,
 )
+from places import TINY
 from plumbing.audio_file import load_audio
 from plumbing.replace_file import replace_file
 from processor import AudioFlamingo3Processor

@@ -13,7 +13,6 @@ import torch
 
 from af3 import AudioFlamingo3ForConditionalGeneration
 from checkpoints import write_original, write_sharded
-from conftest import TESTS
 from hub import (
     NEEDED,
     REPOSITORIES,
@@ -23,6 +22,7 @@ from hub import (
     run_with_hub,
     select_files,
 )
+from places import DATA
 from plumbing.download import FILES, download_command, hub_cache
 from plumbing.find_checkpoint import find_checkpoint
 from processor import AudioFlamingo3Processor
@@ -332,7 +332,7 @@ def test_a_missing_think_adapter_is_downloaded_by_its_own_command(in_cache, run,
 
 def test_a_think_adapter_without_its_factors_is_completed(in_cache, run, clip):
     think = in_cache / "snapshots" / "abc" / "think"
-    shutil.copytree(TESTS / "think", think)
+    shutil.copytree(DATA / "think", think)
     (think / "adapter_model.safetensors").unlink()
     _, _, err = run(clip, "Hm?", "--think", model=NAME)
     assert "adapter_model.safetensors: no such file" in err

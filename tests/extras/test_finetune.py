@@ -14,7 +14,6 @@ from torch import nn
 from adapters import with_factors
 from af3 import AudioFlamingo3ForConditionalGeneration
 from checkpoints import read_json
-from conftest import ROOT
 from extras import finetune as finetuning
 from extras.finetune import (
     STATE_FILE,
@@ -28,6 +27,7 @@ from extras.finetune import (
     read_examples,
     save_memory,
 )
+from places import ROOT
 from signals import sound, write_wav
 
 ANSWERS = ["rain", "sea waves", "clock tick", "rooster", "dog bark", "helicopter"]

@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 
 from af3 import AudioFlamingo3ForConditionalGeneration
-from conftest import TINY
 from extras import float32_matmul
 from extras.float32_matmul import (
     Float32MatmulConv1d,
@@ -13,6 +12,7 @@ from extras.float32_matmul import (
     multiply_in_chunks,
     use_float32_matmul,
 )
+from places import TINY
 from processor import AudioFlamingo3Processor
 
 from_pretrained = AudioFlamingo3ForConditionalGeneration.from_pretrained

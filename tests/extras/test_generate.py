@@ -10,8 +10,8 @@ import torch
 
 import generate
 from checkpoints import change_json
-from conftest import ROOT, TINY
 from extras import command_line
+from places import ROOT, TINY
 from programs import PROGRAM, interrupt_until_it_ends, start_generate
 from programs import generate as run_program
 

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from adapters import TARGETS, VARIATIONS, save_variation, with_factors
 from af3 import AudioFlamingo3ForConditionalGeneration
 from checkpoints import change_json, read_json, write_original
-from conftest import TESTS
 from extras.lora import (
     DECODER_LINEARS,
     add_factors,
@@ -26,6 +25,7 @@ from extras.lora import (
     save_adapter,
 )
 from extras.quantize import quantize
+from places import DATA
 from plumbing.check_adapter import (
     SUPPORTED,
     UNSUPPORTED,
@@ -44,7 +44,7 @@ DECODER = "base_model.model.model.language_model"
 @pytest.fixture
 def checkpoint(spoiled):
     """A checkpoint with an adapter in think/, as peft saved it."""
-    shutil.copytree(TESTS / "think", spoiled / "think")
+    shutil.copytree(DATA / "think", spoiled / "think")
     return spoiled
 
 
@@ -286,7 +286,7 @@ def test_the_frozen_copy_of_a_module_trained_in_full_is_not_used(checkpoint):
 
 @pytest.fixture(scope="module")
 def peft_goldens():
-    return np.load(TESTS / "adapter_goldens.npz")
+    return np.load(DATA / "adapter_goldens.npz")
 
 
 def test_unmerged_factors_give_the_logits_of_peft(micro, batch, peft_goldens):

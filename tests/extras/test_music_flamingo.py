@@ -15,10 +15,10 @@ from af3 import (
     MusicFlamingoForConditionalGeneration,
 )
 from checkpoints import SYSTEM_MESSAGES, change_json
-from conftest import TESTS
 from extras.chat import Conversation
 from extras.music_flamingo import RotaryTimeConfig, RotaryTimeEmbedding
 from load_weights import read_config
+from places import DATA
 from plumbing.json_file import from_known_keys
 from plumbing.tokenizer_files import read_token_ids
 from processor import AudioFlamingo3Processor, MusicFlamingoProcessor
@@ -45,7 +45,7 @@ def music_processor(music_flamingo):
 def music_goldens(music_flamingo):
     """The outputs of transformers, recorded by make_music_goldens.py."""
     goldens = {}
-    for name, array in np.load(TESTS / "music_goldens.npz").items():
+    for name, array in np.load(DATA / "music_goldens.npz").items():
         family, _, name = name.partition(".")
         if family == music_flamingo.name:
             goldens[name] = str(array) if array.dtype.kind == "U" else torch.from_numpy(array)

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 import official
-from conftest import TINY
+from places import TINY
 from plumbing.terminal import exit_with
 from processor import Tokenizer
 from signals import sound, write_wav

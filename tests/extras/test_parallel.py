@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor
 
 import generate
 from af3 import AudioFlamingo3ForConditionalGeneration
-from conftest import ROOT, TINY
 from extras import command_line
 from extras.parallel import check_options, keep_part, split_model
+from places import ROOT, TINY
 from signals import sound, write_wav
 
 from_pretrained = AudioFlamingo3ForConditionalGeneration.from_pretrained

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from conftest import ROOT, TINY
 from extras import answer_lines
 from peak_memory import peak_bytes
+from places import ROOT, TINY
 from plumbing import terminal
 
 FOLDERS = ["plumbing", "extras", "tools", "tiny"]

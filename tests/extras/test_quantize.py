@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from af3 import AudioFlamingo3ForConditionalGeneration
-from conftest import TINY
 from extras import int4
 from extras.int4 import Int4Linear, pack, quantize_groups, unpack
 from extras.quantize import LAYERS, Int8Linear, load_quantized, quantize, save_quantized
+from places import TINY
 from processor import AudioFlamingo3Processor
 from signals import sound
 

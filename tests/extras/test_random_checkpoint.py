@@ -4,7 +4,7 @@ import sys
 
 import random_checkpoint
 from af3 import AudioFlamingo3ForConditionalGeneration
-from conftest import TINY
+from places import TINY
 from processor import AudioFlamingo3Processor
 from signals import sound
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from conftest import ROOT
+from places import ROOT
 
 # What each file, or each file in a folder, may import from the project. The model's files import
 # only the extras that are listed below, inside functions.

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 import random_checkpoint
 from af3 import AudioFlamingo3ForConditionalGeneration
 from checkpoints import read_json, write_original, write_sharded
-from conftest import ROOT, TINY
 from extras.lora import add_factors, save_adapter
 from extras.quantize import quantize, save_quantized
+from places import ROOT, TINY
 from plumbing import save_checkpoint
 from plumbing.replace_file import replace_file
 from plumbing.save_checkpoint import save_model

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from conftest import ROOT
+from places import ROOT
 from plumbing.audio_file import load_audio
 from signals import write_wav
 

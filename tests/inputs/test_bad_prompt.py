@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from checkpoints import change_json, read_json
-from conftest import TESTS, TINY
+from places import DATA, TINY
 from plumbing.audio_file import load_audio
 from processor import (
     HOP_LENGTH,
@@ -24,7 +24,7 @@ from processor import (
 )
 from signals import CASES, conversation, sound, write_wav
 
-GOLDENS = json.loads((TESTS / "goldens.json").read_text())
+GOLDENS = json.loads((DATA / "goldens.json").read_text())
 SYSTEM_TURN = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 
 

@@ -1,7 +1,7 @@
-"""Writes tests/adapter_goldens.npz: the outputs of peft and transformers for our adapters.
+"""Writes tests/data/adapter_goldens.npz: the outputs of peft and transformers for our adapters.
 
     pip install transformers==5.23.0 peft librosa      only for this; the tests do not need them
-    python tests/make_adapter_goldens.py
+    python tests/parity/make_adapter_goldens.py
 
 It saves an adapter as extras/finetune.py does, loads it with peft into transformers' model, and
 records the logits, and also the names of the tensors that peft itself saves for such an adapter.
@@ -22,19 +22,19 @@ from safetensors.torch import load_file
 from transformers import AudioFlamingo3ForConditionalGeneration as Oracle
 from transformers import AutoProcessor
 
-TESTS = Path(__file__).resolve().parent
-TINY = TESTS.parent / "tiny"
-sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TESTS / "support"), str(TESTS.parent)]
 from adapters import VARIATIONS, save_variation, with_factors
 from af3 import AudioFlamingo3ForConditionalGeneration
 from checkpoints import write_original
 from extras.lora import save_adapter
 from make_goldens import make_batch
+from places import DATA, TINY
 from processor import AudioFlamingo3Processor
 
 
 def copy_micro(folder: Path) -> Path:
-    for file in (TESTS / "micro").iterdir():
+    for file in (DATA / "micro").iterdir():
         shutil.copy(file, folder)
     for file in TINY.glob("*.json"):
         if not (folder / file.name).exists():
@@ -105,7 +105,7 @@ def main() -> None:
         micro = copy_micro(folder / "micro")
         goldens = adapter_goldens(micro, folder / "adapter")
         goldens |= variation_goldens(micro, folder)
-        np.savez_compressed(TESTS / "adapter_goldens.npz", **goldens)
+        np.savez_compressed(DATA / "adapter_goldens.npz", **goldens)
         write_original(TINY, folder / "original")
         assert_same_answer(TINY, folder / "from_hub_layout")
         assert_same_answer(folder / "original", folder / "from_original_layout")

@@ -1,16 +1,17 @@
 """Writes the reference data of the tests: a small checkpoint, an adapter, transformers' outputs.
 
     pip install transformers==5.23.0 peft librosa      only for this; the tests do not need them
-    python tests/make_goldens.py
+    python tests/parity/make_goldens.py
 
-tests/micro/         a seeded random checkpoint
-tests/think/         a LoRA adapter for it, saved by peft
-tests/goldens.npz    what transformers and peft compute from them
-tests/goldens.json   transformers' token ids and chat templates
+tests/data/micro/         a seeded random checkpoint
+tests/data/think/         a LoRA adapter for it, saved by peft
+tests/data/goldens.npz    what transformers and peft compute from them
+tests/data/goldens.json   transformers' token ids and chat templates
 """
 
 import json
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -27,11 +28,9 @@ from transformers import (
     Qwen2Config,
 )
 
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "support")]
+from places import DATA, SHARED, TINY
 from signals import CASES, conversation, sound
-
-TESTS = Path(__file__).resolve().parent
-TINY = TESTS.parent / "tiny"
-QWEN = TESTS.parent.parent / "shared" / "qwen"
 
 # ---- The checkpoint ----
 
@@ -293,26 +292,26 @@ def tokenizer_goldens(folder: Path) -> dict[str, list[int]]:
 
 
 def main() -> None:
-    write_checkpoint(TESTS / "micro")
+    write_checkpoint(DATA / "micro")
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder)
-        for file in (TESTS / "micro").iterdir():
+        for file in (DATA / "micro").iterdir():
             shutil.copy(file, checkpoint)
         for name in ("tokenizer.json", "tokenizer_config.json", "processor_config.json"):
             shutil.copy(TINY / name, checkpoint)
         shutil.copy(TINY / "chat_template.jinja", checkpoint)
 
-        write_adapter(checkpoint, TESTS / "think")
-        numbers = case_goldens(checkpoint) | adapter_goldens(checkpoint, TESTS / "think")
+        write_adapter(checkpoint, DATA / "think")
+        numbers = case_goldens(checkpoint) | adapter_goldens(checkpoint, DATA / "think")
         numbers["five_seconds.bfloat16_distance"] = bfloat16_distance(checkpoint)
         arrays = {name: tensor.numpy() for name, tensor in numbers.items()}
-        np.savez_compressed(TESTS / "goldens.npz", **arrays)
+        np.savez_compressed(DATA / "goldens.npz", **arrays)
         words = {
             "tiny": tokenizer_goldens(checkpoint),
-            "qwen": tokenizer_goldens(QWEN),
+            "qwen": tokenizer_goldens(SHARED / "qwen"),
             "templates": template_goldens(checkpoint),
         }
-    (TESTS / "goldens.json").write_text(json.dumps(words, indent=1) + "\n")
+    (DATA / "goldens.json").write_text(json.dumps(words, indent=1) + "\n")
 
 
 if __name__ == "__main__":

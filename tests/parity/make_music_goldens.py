@@ -1,13 +1,14 @@
 """Records what transformers computes for Music Flamingo and Audio Flamingo Next.
 
     pip install transformers==5.23.0 peft librosa      only for this; the tests do not need them
-    python tests/make_music_goldens.py
+    python tests/parity/make_music_goldens.py
 
-The checkpoints are made from tests/micro/ by `checkpoints.write_music_flamingo`; the values go to
-tests/music_goldens.npz.
+The checkpoints are made from tests/data/micro/ by `checkpoints.write_music_flamingo`; the
+values go to tests/data/music_goldens.npz.
 """
 
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -16,17 +17,16 @@ import torch
 from torch import Tensor
 from transformers import AutoProcessor, MusicFlamingoForConditionalGeneration
 
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "support")]
 from checkpoints import write_music_flamingo
+from places import DATA, TINY
 from signals import CHAT, MUSIC_CASES, conversation, sound
-
-TESTS = Path(__file__).resolve().parent
-TINY = TESTS.parent / "tiny"
 
 
 def write_checkpoint(folder: Path, family: str) -> Path:
     micro = folder / "micro"
     if not micro.exists():
-        shutil.copytree(TESTS / "micro", micro)
+        shutil.copytree(DATA / "micro", micro)
         for name in ("tokenizer.json", "tokenizer_config.json", "processor_config.json"):
             shutil.copy(TINY / name, micro)
     write_music_flamingo(micro, TINY / "chat_template.jinja", folder / family, family)
@@ -92,7 +92,7 @@ def main() -> None:
             processor = AutoProcessor.from_pretrained(checkpoint)
             text = processor.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
             arrays[f"{family}.template"] = np.array(text)
-    np.savez_compressed(TESTS / "music_goldens.npz", **arrays)
+    np.savez_compressed(DATA / "music_goldens.npz", **arrays)
 
 
 if __name__ == "__main__":

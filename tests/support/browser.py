@@ -1,6 +1,6 @@
 """Headless Chromium, driven through its DevTools protocol; or, as a program, a picture of a page.
 
-    python tests/browser.py PAGE.html PICTURE.png [--width 900] [--height 700] [--dark]
+    python tests/support/browser.py PAGE.html PICTURE.png [--width 900] [--height 700] [--dark]
 
 The browser reads commands from one pipe and writes answers and events to another, as JSON with a
 zero byte after each. So no port is opened, and no package is needed.

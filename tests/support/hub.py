@@ -12,7 +12,7 @@ from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 
-from conftest import ROOT
+from places import ROOT
 
 SHARDS = [f"model-{number:05d}-of-00004.safetensors" for number in range(1, 5)]
 TOKENIZER = ["tokenizer.json", "tokenizer_config.json", "merges.txt", "vocab.json"]

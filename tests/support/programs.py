@@ -13,7 +13,7 @@ import sys
 import termios
 from contextlib import suppress
 
-from conftest import ROOT
+from places import ROOT
 
 HANGS = 600  # seconds without output after which a terminal is considered hung
 PROGRAM = [sys.executable, "-u", str(ROOT / "generate.py")]
