@@ -35,12 +35,20 @@ def micro(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def families(micro, tmp_path_factory) -> dict[str, Path]:
+    """The same for Audio Flamingo 3 and its siblings. Do not modify them."""
+    folders = {"af3": micro}
+    for family in ("music", "next"):
+        folders[family] = tmp_path_factory.mktemp("family") / family
+        write_music_flamingo(micro, TINY / "chat_template.jinja", folders[family], family)
+    return folders
+
+
 @pytest.fixture(scope="session", params=["music", "next"])
-def music_flamingo(request, micro, tmp_path_factory) -> Path:
-    """The same for Music Flamingo and Audio Flamingo Next. Do not modify it."""
-    folder = tmp_path_factory.mktemp("family") / request.param
-    write_music_flamingo(micro, TINY / "chat_template.jinja", folder, request.param)
-    return folder
+def music_flamingo(request, families) -> Path:
+    """That of Music Flamingo, and that of Audio Flamingo Next. Do not modify it."""
+    return families[request.param]
 
 
 @pytest.fixture

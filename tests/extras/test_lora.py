@@ -1,19 +1,17 @@
-"""Adapters: merged weights give the logits of peft's own merge, in every naming of the tensors.
+"""Adapters: they are merged in every naming of the tensors, and other kinds are refused by name.
 
-peft also loads what is saved here: make_adapter_goldens.py recorded its logits and names in
-adapter_goldens.npz.
+The logits and the names of peft are in tests/parity/.
 """
 
 import os
 import shutil
 from dataclasses import asdict
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adapters import TARGETS, VARIATIONS, save_variation, with_factors
+from adapters import TARGETS, with_factors
 from af3 import AudioFlamingo3ForConditionalGeneration
 from checkpoints import change_json, read_json, write_original
 from extras.lora import (
@@ -70,17 +68,6 @@ def change_tensors(path, changes):
 
 
 # ---- Numbers ----
-
-
-@pytest.mark.parametrize("rslora, golden", [(False, "think.logits"), (True, "think_rslora.logits")])
-def test_a_merged_adapter_gives_the_logits_of_pefts_own_merge(
-    checkpoint, batch, goldens, rslora, golden
-):
-    change_json(checkpoint / "think" / "adapter_config.json", use_rslora=rslora)
-    logits = load_merged(checkpoint)(**batch).logits[0, ::29]
-    plain_logits = load(checkpoint)(**batch).logits[0, ::29]
-    torch.testing.assert_close(logits, goldens[golden], atol=1e-3, rtol=0)
-    assert (logits - plain_logits).abs().max() > 0.5
 
 
 def test_a_tensor_trained_beside_the_adapter_replaces_the_models_own(checkpoint):
@@ -282,40 +269,6 @@ def test_the_frozen_copy_of_a_module_trained_in_full_is_not_used(checkpoint):
 
 
 # ---- Unmerged and saved factors ----
-
-
-@pytest.fixture(scope="module")
-def peft_goldens():
-    return np.load(DATA / "adapter_goldens.npz")
-
-
-def test_unmerged_factors_give_the_logits_of_peft(micro, batch, peft_goldens):
-    logits = with_factors(micro)(**batch).logits[0, ::29]
-    expected = torch.from_numpy(peft_goldens["logits"])
-    plain = load(micro)(**batch).logits[0, ::29]
-    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
-    assert (expected - plain).abs().max() > 0.5
-
-
-def test_a_saved_adapter_gives_the_logits_of_peft_when_merged(micro, tmp_path, batch, peft_goldens):
-    save_adapter(with_factors(micro), tmp_path)
-    logits = merge_adapter(load(micro), tmp_path)(**batch).logits[0, ::29]
-    expected = torch.from_numpy(peft_goldens["logits"])
-    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("name", VARIATIONS)
-def test_other_fields_of_the_config_are_merged_as_peft_applies_them(
-    micro, tmp_path, batch, peft_goldens, name
-):
-    save_variation(micro, tmp_path, name)
-    logits = merge_adapter(load(micro), tmp_path)(**batch).logits[0, -1]
-    torch.testing.assert_close(logits, torch.from_numpy(peft_goldens[name]), atol=1e-4, rtol=0)
-
-
-def test_tensors_are_saved_under_the_names_of_peft(micro, tmp_path, peft_goldens):
-    save_adapter(with_factors(micro), tmp_path)
-    assert sorted(load_file(tmp_path / FACTORS)) == list(peft_goldens["names"])
 
 
 def test_new_factors_change_nothing(model, micro, batch):
