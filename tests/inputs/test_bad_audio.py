@@ -1,20 +1,18 @@
 """Damaged and odd audio files: each is either read or refused in one line that contains its name.
 Nothing hangs, and no file makes the program open another."""
 
-import math
 import os
 import random
 import struct
 import subprocess
-import unicodedata
 
 import numpy as np
 import pytest
 import torch
 
-from peak_memory import peak_bytes
+from memory import at_most
 from plumbing.audio_file import load_audio
-from processor import N_SAMPLES, SAMPLE_RATE, log_mel
+from processor import HOP_LENGTH, N_SAMPLES, SAMPLE_RATE, log_mel
 from signals import sound, write_wav
 
 # ---- Damaged files ----
@@ -32,19 +30,17 @@ KINDS = {
     "adpcm": (2, 4),
 }
 
-# Values to try in each field of the header.
-U16 = [0, 1, 2, 3, 255, 256, 32767, 65535]
-U32 = [0, 1, 2, 3, 17, 1000, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1]
+# For each field of the header, values on both sides of what is possible, and the largest.
 EXTREMES = {
-    "riff_size": U32,
-    "fmt_size": [*U32, 14, 15, 16, 18, 40],
-    "code": [*U16, 6, 7, 17, 0x55, 0xFFFE],
-    "channels": U16,
-    "rate": [*U32, 7, 999, 44101, 767999, 768000, 768001],
-    "byte_rate": U32,
-    "frame_bytes": [*U16, 4, 6, 8],
-    "bits": [*U16, 7, 8, 12, 16, 24, 32, 33, 64],
-    "data_size": [*U32, len(SAMPLES) - 1, len(SAMPLES) + 1],
+    "riff_size": [0, 2**32 - 1],
+    "fmt_size": [0, 15, 18, 2**32 - 1],
+    "code": [0, 0x55, 0xFFFE],
+    "channels": [0, 2, 65535],
+    "rate": [0, 999, 1000, 768000, 768001, 2**32 - 1],
+    "byte_rate": [0],
+    "frame_bytes": [0, 1, 65535],
+    "bits": [0, 7, 24, 64],
+    "data_size": [0, 1, len(SAMPLES) + 1, 2**31, 2**32 - 2, 2**32 - 1],
 }
 
 
@@ -80,11 +76,10 @@ def odd_wav(
 
 def wavs_with_odd_headers() -> dict[str, bytes]:
     files = {}
-    for kind in ("i16", "f32", "mulaw"):
-        for field, values in EXTREMES.items():
-            for value in values:
-                files[f"{kind} {field}={value}"] = odd_wav(kind, **{field: value})
-    for magic in (b"RIFX", b"RF64", b"riff", b"FORM", b"\0\0\0\0", b"OggS", b"fLaC", b"ID3\4"):
+    for field, values in EXTREMES.items():
+        for value in values:
+            files[f"{field}={value}"] = odd_wav(**{field: value})
+    for magic in (b"RIFX", b"RF64", b"riff", b"OggS"):
         files[f"magic {magic!r}"] = odd_wav(magic=magic)
     files["not WAVE"] = odd_wav(form=b"AVI ")
     sizes = {"data_size": 2**32 - 4, "riff_size": 2**32 - 1}
@@ -95,7 +90,7 @@ def wavs_with_odd_headers() -> dict[str, bytes]:
 def truncated_wavs() -> dict[str, bytes]:
     files = {}
     whole = odd_wav()
-    for length in [*range(47), len(whole) // 2, len(whole) - 1]:
+    for length in [0, 4, 12, 18, 36, 43, 44, 45, len(whole) // 2, len(whole) - 1]:
         files[f"cut at {length}"] = whole[:length]
     for kind in KINDS:
         files[f"{kind} whole"] = odd_wav(kind)
@@ -132,9 +127,10 @@ OTHER_FILES = {
 }
 
 READABLE = {"i16 whole", "f32 whole", "two fmt", "two data", "trailing rubbish", "odd chunk"}
-READABLE |= {"i16 data_size=4294967295"}
+READABLE |= {"data_size=0", "data_size=4294967295", "rate=1000", "rate=768000", "byte_rate=0"}
 UNREADABLE = set(OTHER_FILES) - {"noise", "python"}
 UNREADABLE |= {"not WAVE", "no samples", "four gigabytes in 44 bytes"}
+UNREADABLE |= {"rate=0", "rate=999", "rate=768001", "channels=0", "cut at 12", "cut at 44"}
 
 
 def refusal(path) -> str:
@@ -153,30 +149,20 @@ def refusal(path) -> str:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_300_damaged_wav_files_are_read_or_refused_with_little_memory(tmp_path):
+def test_damaged_wav_files_are_read_or_refused_with_little_memory(tmp_path):
     files = wavs_with_odd_headers() | truncated_wavs() | wavs_with_odd_chunks() | OTHER_FILES
     path = tmp_path / "odd.wav"
-    memory = peak_bytes()
     read = set()
-    for name, content in files.items():
-        path.write_bytes(content)
-        if not refusal(path):
-            read.add(name)
-    assert len(files) >= 300
-    assert peak_bytes() - memory < 300e6
+    with at_most(300_000_000):
+        for name, content in files.items():
+            path.write_bytes(content)
+            if not refusal(path):
+                read.add(name)
     assert READABLE <= read
     assert not UNREADABLE & read
 
 
-CODECS = {
-    "mp3": "libmp3lame",
-    "flac": "flac",
-    "ogg": "libvorbis",
-    "opus": "libopus",
-    "m4a": "aac",
-    "aiff": "pcm_s16be",
-    "w64": "pcm_s16le",
-}
+CODECS = {"mp3": "libmp3lame", "flac": "flac", "ogg": "libvorbis", "m4a": "aac"}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -190,7 +176,7 @@ def test_a_container_truncated_or_damaged_anywhere_is_read_or_refused(tmp_path, 
     assert refusal(whole) == ""
     content = whole.read_bytes()
     path = tmp_path / f"damaged.{suffix}"
-    for position in random.Random(1).sample(range(len(content)), 8):
+    for position in (4, len(content) // 2):
         path.write_bytes(content[:position])
         refusal(path)
         damaged = bytearray(content)
@@ -202,27 +188,18 @@ def test_a_container_truncated_or_damaged_anywhere_is_read_or_refused(tmp_path, 
 # ---- Odd names ----
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "with space.wav",
-        "new\nline.wav",
-        "quote'\".wav",
-        "-y.wav",
-        "%d.wav",
-        "日本語.wav",
-        "a:b|c.wav",
-        b"\xff\xfe.wav",
-        "file:x.wav",
-    ],
-)
-@pytest.mark.parametrize("kind", ["i16", "mulaw"])  # mulaw goes through ffmpeg
-def test_no_file_name_has_a_special_meaning(tmp_path, ffmpeg, monkeypatch, kind, name):
+NAMES = [
+    *("with space.wav", "new\nline.wav", "quote'\".wav", "-y.wav", "%d.wav", "日本語.wav"),
+    *("a:b|c.wav", os.fsdecode(b"\xff\xfe.wav"), "file:x.wav"),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_file_name_has_a_special_meaning(tmp_path, ffmpeg, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    path = os.fsdecode(name)
-    with open(path, "wb") as file:
-        file.write(odd_wav(kind))
-    assert len(load_audio(path)) > 3000
+    with open(name, "wb") as file:
+        file.write(odd_wav("mulaw"))  # which ffmpeg reads
+    assert len(load_audio(name)) > 3000
 
 
 def test_the_reason_of_ffmpeg_does_not_repeat_a_name_that_is_not_utf_8(odd_clip, ffmpeg):
@@ -265,14 +242,6 @@ def test_an_odd_signal_gives_a_finite_log_mel(processor, name):
     assert features.abs().max() < 10
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30])
-def test_a_single_sample_that_is_not_finite_is_refused(processor, value):
-    waveform = np.zeros(SAMPLE_RATE, dtype=np.float32)
-    waveform[5000] = value
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        processor("Hm?", waveform)
-
-
 def test_eight_channels_at_96_khz_are_read(tmp_path):
     mono = (0.5 * sound(96000) * 32767).astype("<i2")
     samples = np.repeat(mono[:, None], 8, axis=1).tobytes()
@@ -281,68 +250,25 @@ def test_eight_channels_at_96_khz_are_read(tmp_path):
     assert len(load_audio(path)) == SAMPLE_RATE
 
 
-# ---- Properties, on random examples with a fixed seed ----
+@pytest.mark.parametrize("samples", [321, 479500, 479799, 479800, 479999])
+def test_a_clip_of_any_length_has_the_log_mel_of_the_clip_padded_to_30_s(samples):
+    clip = torch.from_numpy(sound(samples))
+    padded = torch.cat([clip, torch.zeros(N_SAMPLES - samples)])
+    assert (log_mel(clip) - log_mel(padded)).abs().max() < 1e-5
 
-RNG = random.Random(5)
-LENGTHS = [321, 16080, 479999, 480000, 480001]
 
-
-def random_batch() -> list[int]:
+def test_the_spectrum_of_a_short_clip_is_not_computed_for_30_s(monkeypatch):
     lengths = []
-    for _ in range(RNG.randint(1, 3)):
-        lengths.append(RNG.choice([*LENGTHS, RNG.randrange(321, 1_000_000)]))
-    return lengths
+    stft = torch.stft
 
+    def noting_stft(samples, *arguments, **options):
+        lengths.append(len(samples))
+        return stft(samples, *arguments, **options)
 
-@pytest.mark.parametrize("lengths", [random_batch() for _ in range(12)], ids=str)
-def test_any_batch_has_as_many_sound_ids_as_audio_frames(model, processor, lengths):
-    side = RNG.choice(["left", "right"])
-    waveforms = [sound(samples) for samples in lengths]
-    batch = processor(["Hm?"] * len(lengths), waveforms, padding_side=side)
-    frames = model.get_audio_features(batch["input_features"], batch["feature_attention_mask"])
-    assert int((batch["input_ids"] == processor.audio_token_id).sum()) == len(frames)
-
-
-def test_a_row_does_not_depend_on_the_order_or_the_other_rows_of_its_batch(model, processor):
-    waveforms = [sound(samples) for samples in (321, 40000, 16080, 80000, 500000)]
-    alone = []
-    for waveform in waveforms:
-        alone.append(model.generate(**processor("What?", waveform), max_new_tokens=6)[0, -6:])
-    for _ in range(4):
-        order = RNG.sample(range(5), RNG.randint(2, 5))
-        side = RNG.choice(["left", "right"])
-        chosen = [waveforms[i] for i in order]
-        batch = processor(["What?"] * len(order), chosen, padding_side=side)
-        answers = model.generate(**batch, max_new_tokens=6)[:, -6:]
-        assert torch.equal(answers, torch.stack([alone[i] for i in order]))
-
-
-ALPHABETS = [
-    "abc XYZ 019 \n\t.,;'\"",
-    "äöüßéñ",
-    "漢字かな",
-    "🙂👍🏽",
-    "e\u0301a\u0308",
-    "\u202e\u200b\0",
-    "<|im_end|>",
-    "<sound>",
-]
-
-
-def random_text() -> str:
-    parts = []
-    for _ in range(RNG.randint(0, 40)):
-        alphabet = RNG.choice(ALPHABETS)
-        whole = RNG.random() < 0.1
-        parts.append(alphabet if whole else RNG.choice(alphabet))
-    return "".join(parts)
-
-
-def test_decoding_the_ids_of_5000_random_texts_gives_their_nfc(processor):
-    for _ in range(5000):
-        text = random_text()
-        ids = processor.tokenizer.encode(text)
-        assert processor.tokenizer.decode(ids) == unicodedata.normalize("NFC", text)
+    monkeypatch.setattr(torch, "stft", noting_stft)
+    log_mel(torch.zeros(16000))
+    log_mel(torch.zeros(N_SAMPLES))
+    assert lengths == [103 * HOP_LENGTH, N_SAMPLES]
 
 
 def test_the_log_mel_of_two_windows_is_the_log_mel_of_each_window(processor):
@@ -350,3 +276,9 @@ def test_the_log_mel_of_two_windows_is_the_log_mel_of_each_window(processor):
     features = processor("Hm?", waveform)["input_features"]
     first, second = waveform.split(N_SAMPLES)
     assert torch.equal(features, torch.stack([log_mel(first), log_mel(second)]))
+
+
+def test_a_file_that_is_too_short_is_reported_with_its_name(processor, tmp_path):
+    path = write_wav(tmp_path / "blip.wav", sound(320))
+    with pytest.raises(ValueError, match=r"blip\.wav: .*320 samples; at least 321"):
+        processor("Hi", path)
