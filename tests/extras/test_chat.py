@@ -12,9 +12,10 @@ import torch
 
 import generate as program
 from af3 import AudioFlamingo3ForConditionalGeneration
+from checkpoints import change_section
 from extras.chat import Conversation, file_name
 from places import TINY
-from programs import Terminal, generate, interrupt_until_it_ends, start_generate
+from programs import Terminal, interrupt_until_it_ends, start_generate
 from signals import sound
 
 DIGITS = TINY / "samples" / "digits.wav"
@@ -210,59 +211,66 @@ def test_after_a_reset_a_conversation_is_like_a_new_one(processor, model, conver
 # ---- The command line ----
 
 
-def chat(*arguments, lines):
-    return generate("--chat", *arguments, input="\n".join(lines) + "\n")
+@pytest.fixture
+def run_chat(run, monkeypatch):
+    """Runs a conversation in this process, and restores the Ctrl-C handler afterward."""
+    handler = signal.getsignal(signal.SIGINT)
+
+    def call(*arguments, lines, **options):
+        typed = b"".join(os.fsencode(line) + b"\n" for line in lines)
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed)))
+        return run("--chat", *arguments, **options)
+
+    yield call
+    signal.signal(signal.SIGINT, handler)
 
 
-def test_each_line_is_answered():
+def test_each_line_is_answered(run_chat):
     lines = ["Transcribe the input speech.", f"/audio {RAIN}", "What sound is this?", "/reset"]
     lines += [f"/audio {DIGITS}", "Transcribe the input speech.", "/quit", "never asked"]
-    result = chat(DIGITS, lines=lines)
-    assert result.returncode == 0
-    assert result.stdout.splitlines() == ["seven three one", "rain", "seven three one"]
-    assert result.stderr.count("the first after") == 3
+    status, out, err = run_chat(DIGITS, lines=lines, model=TINY)
+    assert status == 0
+    assert out.splitlines() == ["seven three one", "rain", "seven three one"]
+    assert err.count("the first after") == 3
 
 
-def test_a_conversation_may_start_with_a_question():
-    result = chat(RAIN, "What sound is this?", lines=["/quit"])
-    assert (result.returncode, result.stdout) == (0, "rain\n")
+def test_a_conversation_may_start_with_a_question(run_chat):
+    status, out, _ = run_chat(RAIN, "What sound is this?", lines=["/quit"], model=TINY)
+    assert (status, out) == (0, "rain\n")
 
 
-def test_a_conversation_continues_after_bad_input():
+def test_a_conversation_continues_after_bad_input(run_chat):
     bad_lines = ["/audio gone.wav", "/audio", "/sing", "/audio ~nobody/a.wav"]
     bad_lines += ["/audio " + "a" * 300, "/audio ."]
-    result = chat("--quiet", lines=[*bad_lines, "", f"/audio\t{RAIN}", "What sound is this?"])
-    errors = result.stderr.splitlines()
-    assert (result.returncode, result.stdout) == (1, "rain\n")  # 1: a line has failed
+    lines = [*bad_lines, "", f"/audio\t{RAIN}", "What sound is this?"]
+    status, out, err = run_chat("--quiet", lines=lines, model=TINY)
+    errors = err.splitlines()
+    assert (status, out) == (1, "rain\n")  # 1: a line has failed
     assert len(errors) == len(bad_lines)
     assert all(error.startswith("error: ") for error in errors)
     assert "gone.wav" in errors[0]
     assert "/sing" in errors[2]
 
 
-def test_a_line_that_is_not_utf_8_is_answered():
-    process = start_generate("--chat", "--quiet")
-    lines = b"Hi \xff\n/audio %s\nWhat sound is this?\n" % os.fsencode(RAIN)
-    out, _ = process.communicate(lines)
-    assert process.returncode == 0
-    assert out.endswith(b"\nrain\n")
-    assert out.count(b"\n") == 2
+def test_a_line_that_is_not_utf_8_is_answered(run_chat):
+    lines = [b"Hi \xff", f"/audio {RAIN}", "What sound is this?"]
+    status, out, _ = run_chat("--quiet", lines=lines, model=TINY)
+    assert status == 0
+    assert out.endswith("\nrain\n")
+    assert out.count("\n") == 2
 
 
-def test_a_name_that_is_not_utf_8_can_be_typed(odd_clip, micro):
-    name = os.fsencode(odd_clip)
-    process = start_generate("--chat", "--model", micro, "--max-new-tokens", 1)
-    out, err = process.communicate(b"/audio %s\nHi\n%s\n/audio gone\xe9.wav\n" % (name, name))
-    assert (process.returncode, out.count(b"\n")) == (1, 1)
-    assert b"heard 1.5 s" in err
-    assert b"caf\\udce9.wav: to add a recording, write /audio " in err
-    assert b"error: gone\\udce9.wav: no such file" in err
+def test_a_name_that_is_not_utf_8_can_be_typed(run_chat, odd_clip):
+    lines = [f"/audio {odd_clip}", "Hi", odd_clip, b"/audio gone\xe9.wav"]
+    status, out, err = run_chat("--max-new-tokens", 1, lines=lines)
+    assert (status, out.count("\n")) == (1, 1)
+    assert "heard 1.5 s" in err
+    assert "caf\\udce9.wav: to add a recording, write /audio " in err
+    assert "error: gone\\udce9.wav: no such file" in err
 
 
-def test_without_input_a_conversation_ends():
-    process = start_generate("--chat", "--quiet")
-    out, err = process.communicate(b"")
-    assert (process.returncode, out, err) == (0, b"", b"")
+def test_without_input_a_conversation_ends(run_chat):
+    assert run_chat("--quiet", lines=[]) == (0, "", "")
 
 
 def test_with_a_closed_stdin_a_conversation_ends(monkeypatch, run):
@@ -271,15 +279,13 @@ def test_with_a_closed_stdin_a_conversation_ends(monkeypatch, run):
     assert (status, out, err) == (0, "", "")
 
 
-def test_a_question_that_is_refused_keeps_its_recordings(micro, clip):
-    long_question = "x " * 200
-    options = ["--quiet", clip, "--model", micro, "--max-new-tokens"]
-    refused = chat(*options, 4000, lines=[long_question, "/quit"])
-    assert refused.stderr.startswith("error: The prompt's ")
-    assert refused.stdout == ""
-    asked_again = chat(*options, 3900, lines=[long_question, "y", "/quit"])
-    assert asked_again.stderr.startswith("error: The prompt's ")
-    assert len(asked_again.stdout) > 1000
+def test_a_question_that_is_refused_keeps_its_recordings(run_chat, spoiled, clip):
+    change_section(spoiled / "config.json", "text_config", max_position_embeddings=200)
+    options = [clip, "--max-new-tokens", 50]
+    status, out, err = run_chat(*options, lines=["x " * 200, "y", "/quit"], model=spoiled)
+    assert (status, out.count("\n")) == (1, 1)
+    assert err.count("error: The prompt's ") == 1
+    assert err.count("heard 1.5 s") == 1  # with the answer to y
 
 
 def test_a_recording_that_does_not_fit_is_refused_at_once(run_chat, clip):
@@ -316,20 +322,6 @@ def test_help_is_shown_when_it_is_asked_for(run_chat):
 
 
 # ---- Ctrl-C ----
-
-
-@pytest.fixture
-def run_chat(run, monkeypatch):
-    """Runs a conversation in this process, and restores the Ctrl-C handler afterward."""
-    handler = signal.getsignal(signal.SIGINT)
-
-    def call(*arguments, lines):
-        stdin = io.TextIOWrapper(io.BytesIO("\n".join(lines).encode()))
-        monkeypatch.setattr(sys, "stdin", stdin)
-        return run("--chat", *arguments)
-
-    yield call
-    signal.signal(signal.SIGINT, handler)
 
 
 def test_ctrl_c_before_the_first_token_leaves_the_conversation_as_it_was(
