@@ -1,7 +1,7 @@
 """tiny/speakers.py holds out later takes, also in strings, and labels all recordings correctly."""
 
 import json
-import subprocess
+import runpy
 import sys
 
 import numpy as np
@@ -26,8 +26,10 @@ def written(tmp_path_factory):
             for digit in (0, 7):
                 waveform = np.full(int(seconds * 16000), loudness)
                 write_wav(folder / f"{digit}_{speaker}_{take}.wav", waveform)
-    command = [sys.executable, ROOT / "tiny" / "speakers.py", folder, folder / "out"]
-    subprocess.run([str(word) for word in command], check=True)
+    main = runpy.run_path(str(ROOT / "tiny" / "speakers.py"))["main"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["speakers.py", str(folder), str(folder / "out")])
+        main()
     files = []
     for name in ("train.jsonl", "held_out.jsonl"):
         text = (folder / "out" / name).read_text()
