@@ -173,12 +173,14 @@ def test_answers_that_reach_the_limit_are_counted(run, folder, spoiled, end_ids,
     assert ("ended by the limit, which --max-new-tokens sets: 3" in err) == (cut == 3)
 
 
-def test_every_warning_includes_its_recording(run, clip, tmp_path):
-    long = write_wav(tmp_path / "long.wav", sound(601 * 16000))
+def test_every_warning_includes_its_recording(run, spoiled, tmp_path):
+    path = spoiled / "processor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_audio_len": 30}))
+    long = write_wav(tmp_path / "long.wav", sound(31 * 16000))
     asked = {"audio": str(long), "prompt": "<sound><sound>"}  # refused, so nothing is computed
     prompts = write_lines(tmp_path / "in.jsonl", [asked, asked])
-    _, _, err = run("--prompts", prompts, *ONE_TOKEN, "--quiet")
-    assert err == f"warning: {long}: 601.0 s of audio: only the first 600.0 s are heard\n" * 2
+    _, _, err = run("--prompts", prompts, *ONE_TOKEN, "--quiet", model=spoiled)
+    assert err == f"warning: {long}: 31.0 s of audio: only the first 30.0 s are heard\n" * 2
 
 
 def test_a_warning_that_times_mean_little_includes_the_recording(run, clip, monkeypatch):
@@ -534,20 +536,19 @@ def test_an_output_that_was_cut_off_within_a_line_can_be_appended_to(clip, micro
     assert "response" in json.loads(new_line)
 
 
-def test_an_interrupted_run_leaves_whole_lines_and_can_be_resumed(folder, micro, tmp_path):
+def test_an_interrupted_run_leaves_whole_lines_and_can_be_resumed(
+    run_lines, folder, micro, tmp_path
+):
     earlier = tmp_path / "out.jsonl"
-    options = [folder, "Hi", "--max-new-tokens", 300, "--batch-size", 1]
-    options += ["--model", micro, "--quiet", "--resume", earlier]
-    process = start_generate(*options)
+    options = [folder, "Hi", "--batch-size", 1, "--quiet", "--resume", earlier]
+    process = start_generate(*options, "--model", micro, "--max-new-tokens", 300)
     first_line = process.stdout.readline()
     process.send_signal(signal.SIGINT)
     rest, _ = process.communicate()
     assert process.returncode in (130, 0)  # 0 if it had already ended
     before = parse_lines((first_line + rest).decode())
     earlier.write_bytes(first_line + rest)
-
-    out, _ = start_generate(*options).communicate()
-    after = before + parse_lines(out.decode())
+    after = before + run_lines(*options, *ONE_TOKEN)
     assert len({job["audio"] for job in after if "response" in job}) == 5
 
 
@@ -782,32 +783,21 @@ def test_names_and_prompts_mean_the_same_in_the_c_locale(run, clip, micro, tmp_p
     folder = tmp_path / "grün"
     folder.mkdir()
     os.rename(clip, folder / "é.wav")
-    output = tmp_path / "out.jsonl"
-    options = [folder, "Hörst du?", *ONE_TOKEN, "--output", output]
+    prompts = write_lines(folder / "in.jsonl", [{"audio": "é.wav"}])
+    options = ["--prompts", prompts, "Hörst du?", *ONE_TOKEN, "--output", tmp_path / "out.jsonl"]
     result = generate(*options, "--model", micro, env=os.environ | C_LOCALE)
     assert result.returncode == 0
-    (job,) = parse_lines(output.read_text())
-    assert os.fsencode(job["audio"]) == os.fsencode(folder / "é.wav")
-    assert job["prompt"] == "Hörst du?"
+    (job,) = parse_lines((tmp_path / "out.jsonl").read_text(encoding="utf-8"))
+    assert list(job.items())[:2] == [("audio", "é.wav"), ("prompt", "Hörst du?")]
     assert "nothing left to answer" in run(*options)[2]
 
 
-def test_the_names_of_entries_are_found_in_the_c_locale(clip, micro, tmp_path):
-    os.rename(clip, tmp_path / "é.wav")
-    prompts = write_lines(tmp_path / "in.jsonl", [{"audio": "é.wav"}])
-    options = ["--prompts", prompts, "Hi", *ONE_TOKEN, "--model", micro]
-    result = generate(*options, env=os.environ | C_LOCALE)
-    (job,) = parse_lines(result.stdout)
-    assert list(job.items())[:2] == [("audio", "é.wav"), ("prompt", "Hi")]
-    assert "response" in job
-
-
-@pytest.mark.parametrize("encoding, shown", [("ascii", r"\u00fc"), ("utf8", "ü")])
-def test_stdout_is_as_readable_as_its_encoding_allows(clip, micro, encoding, shown):
-    environment = os.environ | {"PYTHONIOENCODING": encoding}
-    options = [clip, "ü?", *ONE_TOKEN, "--batch-size", 1, "--model", micro]
-    result = generate(*options, env=environment, encoding="utf-8")
-    assert f'"prompt": "{shown}?"' in result.stdout
+def test_stdout_is_as_readable_as_its_encoding_allows(run, clip, micro):
+    options = [clip, "ü?", *ONE_TOKEN, "--batch-size", 1]
+    assert '"prompt": "ü?"' in run(*options)[1]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    result = generate(*options, "--model", micro, env=environment, encoding="ascii")
+    assert r'"prompt": "\u00fc?"' in result.stdout
 
 
 # ---- Progress ----

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import generate
-from af3 import AudioFlamingo3ForConditionalGeneration
+from af3 import AudioFlamingo3EncoderConfig, AudioFlamingo3ForConditionalGeneration
 from extras import command_line
 from extras.parallel import check_options, keep_part, split_model
 from places import ROOT, TINY
@@ -56,53 +56,42 @@ def lines_that_begin(word: str, text: str) -> list[str]:
 # ---- Sharing the recordings ----
 
 
-def test_lines_and_warnings_equal_those_of_one_process(run, together, folder):
-    options = [folder, "Hi", "--max-new-tokens", 8, "--batch-size", 2, "--timestamps"]
+def test_lines_and_warnings_equal_those_of_one_process(run, together, folder, odd_clip):
+    os.truncate(odd_clip, 30000)  # so that there is a warning
+    options = [folder, odd_clip, "H\udce9?", "--max-new-tokens", 4, "--batch-size", 2]
+    options.append("--timestamps")
     status, out, err = run(*options)
-    assert (status, out.count('"error"'), out.count('"words"')) == (1, 1, 5)
+    assert (status, out.count('"error"'), out.count('"words"')) == (1, 1, 6)
     result = together(2, *options)
     assert result.stdout == out  # in the same order
     warnings = lines_that_begin("warning: ", result.stderr)
     assert warnings == lines_that_begin("warning: ", err)
     assert any("3.wav" in warning for warning in warnings)  # answered by the second process
-    assert result.stderr.splitlines()[-1].startswith("answered 5 of 6 in ")
+    assert result.stderr.splitlines()[-1].startswith("answered 6 of 7 in ")
     assert result.returncode == 0  # torchrun would take another status for a crash
 
 
-def test_three_processes_finish_an_output_file_that_lacks_two_answers(
-    run, together, clip, tmp_path
-):
+def test_three_processes_finish_an_output_file_that_lacks_answers(run, together, clip, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"audio": clip, "id": i}) + "\n" for i in range(3)))
+    lines = [json.dumps({"audio": clip, "id": i}) for i in range(3)]
+    lines.append(f'{{"audio": "{clip}", "of": {"[" * 900 + "]" * 900}}}')  # cannot be exchanged
+    prompts.write_text("\n".join(lines))
     output = tmp_path / "out.jsonl"
     options = ["--prompts", prompts, "Hi", "--max-new-tokens", 2, "--output", output]
     run(*options)
-    lines = output.read_text().splitlines(keepends=True)
-    output.write_text(lines[0])
+    whole = output.read_text()
+    assert (whole.count('"response"'), whole.count('"error"')) == (3, 1)
+    output.write_text(whole.splitlines(keepends=True)[0])
     result = together(3, *options)
-    assert output.read_text() == "".join(lines)
+    assert output.read_text() == whole
     assert result.stdout == ""
-    assert "answered 2 of 2 (and 1 before)" in result.stderr
+    assert "answered 2 of 3 (and 1 before)" in result.stderr
 
 
 # A program that replaces ffmpeg and kills the process that calls it.
 KILLER = """#!/bin/sh
 [ "$RANK" = 1 ] && kill -9 $PPID
 """
-
-
-@pytest.mark.parametrize("option", ["--batch-size=1", "--tensor-parallel"])
-def test_names_and_prompts_that_are_not_utf_8_are_exchanged(
-    run, together, clip, odd_clip, tmp_path, option
-):
-    os.truncate(odd_clip, 30000)  # so that there is a warning
-    options = [clip, odd_clip, "H\udce9?", "--max-new-tokens", 2]
-    _, out, err = run(*options)
-    output = tmp_path / "out.jsonl"
-    result = together(2, *options, option, "--output", output)
-    assert output.read_text() == out
-    assert out.count('"response"') == 2
-    assert lines_that_begin("warning: ", result.stderr) == lines_that_begin("warning: ", err)
 
 
 @pytest.mark.parametrize("option", ["--batch-size=1", "--tensor-parallel"])
@@ -121,28 +110,14 @@ def test_the_death_of_a_process_is_reported_in_one_line(together, folder, tmp_pa
     assert "run the same command again" in line
 
 
-def test_a_single_recording_is_refused_in_one_line(together, clip):
-    result = together(2, clip, "Hi")
-    assert (result.returncode, result.stdout) == (1, "")
-    (line,) = lines_that_begin("error: ", result.stderr)
-    assert "one recording is for one process; --tensor-parallel splits the model" in line
-
-
-def test_an_entry_that_cannot_be_exchanged_gets_an_error(together, clip, tmp_path):
-    prompts = tmp_path / "in.jsonl"
-    prompts.write_text(f'{{"audio": "{clip}", "of": {"[" * 900 + "]" * 900}}}\n' * 2)
-    result = together(2, "--prompts", prompts, "Hi")
-    assert (result.returncode, result.stdout.count('"error"')) == (0, 2)
-
-
 # ---- Splitting the model ----
 
 
-def test_a_split_model_samples_the_tokens_of_a_whole_one(run, together, folder):
-    options = [folder, "Hi", "--max-new-tokens", 24, "--sample", "--seed", 1, "--quiet"]
-    _, out, _ = run(*options)
-    assert out.count('"response"') == 5
-    result = together(2, *options, "--tensor-parallel")
+def test_a_split_model_samples_the_tokens_of_a_whole_one(run, together, clip, odd_clip):
+    options = [clip, odd_clip, "H\udce9?", "--max-new-tokens", 12, "--sample", "--seed", 1]
+    _, out, _ = run(*options, "--quiet")
+    assert out.count('"response"') == 2
+    result = together(2, *options, "--quiet", "--tensor-parallel")
     assert result.stdout == out
     assert (result.returncode, result.stderr) == (0, "")
 
@@ -225,6 +200,7 @@ def test_one_process_is_not_enough_to_split_a_model(run, clip):
 @pytest.mark.parametrize(
     "options, reason",
     [
+        ([], "one recording is for one process; --tensor-parallel splits the model instead"),
         (["--chat"], "--chat is for one process"),
         (["--explain="], "--explain is for one process"),
         (["--tensor-parallel", "--timestamps"], "--timestamps needs all heads"),
@@ -241,3 +217,13 @@ def test_options_that_several_processes_do_not_support_are_refused(monkeypatch, 
     args = parser.parse_args([*options, "a.wav"])
     with pytest.raises(ValueError, match=reason):
         check_options(args, is_for_many=False)
+
+
+def test_heads_are_counted_from_the_width_of_the_projections(model):
+    attention = model.audio_tower.layers[0].self_attn
+    half = AudioFlamingo3EncoderConfig(hidden_size=32, num_attention_heads=2)
+    shard = type(attention)(half)
+    for name in ("q_proj", "k_proj", "v_proj"):  # one of two heads
+        setattr(shard, name, torch.nn.Linear(32, 16))
+    shard.out_proj = torch.nn.Linear(16, 32)
+    assert shard(torch.zeros(1, 5, 32), None).shape == (1, 5, 32)
