@@ -1,4 +1,4 @@
-"""Later parts of a long prompt: faster attention that gives the numbers of the plain one."""
+"""Long prompts: little memory, and faster attention that gives the numbers of the plain one."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from af3 import AudioFlamingo3ForConditionalGeneration, causal_mask
 from extras import long_prompts
 from extras.long_prompts import attend_to_past_and_part, use_unmasked_attention
+from processor import AudioFlamingo3Processor
 from signals import sound
 
 from_pretrained = AudioFlamingo3ForConditionalGeneration.from_pretrained
@@ -81,3 +82,31 @@ def test_without_the_operator_the_plain_attention_is_used(
     assert torch.equal(
         changed_model.generate(**batch, **options), model.generate(**batch, **options)
     )
+
+
+# ---- Memory ----
+
+
+def largest_allocation(function):
+    """In bytes."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        function()
+    return max(event.self_cpu_memory_usage for event in profile.events())
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_no_allocation_grows_with_the_square_of_the_tokens(model, rows):
+    input_ids = torch.randint(100, (rows, 4000), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(input_ids)
+    if rows == 2:
+        mask[1, :100] = 0
+    largest = largest_allocation(lambda: model.generate(input_ids, mask, max_new_tokens=2))
+    assert largest < 4000 * 4000
+
+
+def test_no_allocation_grows_with_the_square_of_the_windows(families):
+    processor = AudioFlamingo3Processor.from_pretrained(families["music"])
+    model = from_pretrained(families["music"], "cpu")
+    batch = processor("What?", sound(10 * 480000))  # 7,500 audio frames
+    batch["attention_mask"] = batch["attention_mask"].bool()
+    assert largest_allocation(lambda: model.prefill(**batch)) < 7500 * 7500

@@ -31,11 +31,20 @@ def opens_text_without_encoding(call):
     return not (is_binary or is_wave or any(word.arg == "encoding" for word in call.keywords))
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_text_files_have_an_encoding(path):
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Call) and path.name != "endure.py":  # which needs Linux
-            assert not opens_text_without_encoding(node), f"{path}: line {node.lineno}"
+def test_text_files_have_an_encoding():
+    without = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and path.name != "endure.py":  # which needs Linux
+                if opens_text_without_encoding(node):
+                    without.append(f"{path}: line {node.lineno}")
+    assert len(FILES) > 40
+    assert without == []
+
+
+@pytest.mark.parametrize("code", ["open(name)", "open(name, 'w')", "path.read_text()"])
+def test_a_call_without_an_encoding_is_noticed(code):
+    assert opens_text_without_encoding(ast.parse(code).body[0].value)
 
 
 def test_a_warning_without_a_stderr_may_have_any_characters(monkeypatch):

@@ -62,8 +62,9 @@ def test_a_row_of_zeros_stays_zero_and_a_row_of_whole_steps_is_exact():
 
 # The int4 error is 8.5% for normally distributed weights, 6% for nn.Linear's uniform ones.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tokens", [1, 32, 33, 300])
-@pytest.mark.parametrize("width, rows", [(192, 20001), (576, 64), (100, 70)])
+@pytest.mark.parametrize(
+    "width, rows, tokens", [(192, 20001, 1), (192, 20001, 33), (576, 64, 32), (100, 70, 300)]
+)
 def test_an_int4_layer_is_within_nine_percent_of_the_linear_layer(width, rows, tokens, dtype):
     linear = new_linear(width, rows, dtype)
     x = random_tensor(1, tokens, width, dtype=dtype)
@@ -140,15 +141,12 @@ def test_float16_is_refused_when_a_quantized_model_is_loaded(saved):
         load_quantized(saved[1], "cpu", "float16")
 
 
-@pytest.mark.parametrize("device_map", ["cpu", None, {"": "cpu"}, torch.device("cpu")])
-def test_a_quantized_model_takes_the_device_maps_of_any_model(saved, device_map):
-    assert load_quantized(saved[1], device_map=device_map).device == torch.device("cpu")
-
-
-@pytest.mark.parametrize("device_map", ["gpu", -1, 99, "balanced", {"lm_head": "cpu"}])
-def test_a_quantized_model_refuses_a_device_map_as_any_model_does(saved, device_map):
-    with pytest.raises(ValueError, match="^device.*auto"):
-        load_quantized(saved[1], device_map=device_map)
+def test_a_quantized_model_takes_and_refuses_the_device_maps_of_any_model(saved):
+    for device_map in (None, {"": "cpu"}):
+        assert load_quantized(saved[1], device_map=device_map).device == torch.device("cpu")
+    for device_map in ("gpu", "balanced"):
+        with pytest.raises(ValueError, match="^device.*auto"):
+            load_quantized(saved[1], device_map=device_map)
 
 
 def test_other_bits_are_refused(micro):
@@ -327,7 +325,10 @@ def test_a_quantized_model_is_not_changed_again(run, clip, saved, option):
         (["--int8", "--int4", "a.wav"], "--int8 and --int4 exclude each other"),
     ],
 )
-def test_options_that_exclude_each_other_are_refused(run, words, message):
+def test_options_that_exclude_each_other_are_refused(run, tmp_path, monkeypatch, words, message):
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)  # where --save . would write
     status, _, err = run(*words)
     assert status == 2
     assert message in err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
