@@ -2,6 +2,7 @@
 
 import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -62,6 +63,15 @@ def test_a_name_that_is_not_utf_8_can_be_reported_to_a_closed_stderr(monkeypatch
 )
 def test_bytes_that_the_locale_lacks_are_decoded_if_they_are_utf_8(text, decoded):
     assert as_utf_8(text) == decoded
+
+
+def test_a_warning_is_written_at_once_so_that_those_of_two_threads_do_not_mix(monkeypatch):
+    written = []
+    stderr = SimpleNamespace(isatty=lambda: False, write=written.append)
+    monkeypatch.setattr(sys, "stderr", stderr)
+    terminal.print_warning("a\nb")
+    terminal.print_error(ValueError("c"))
+    assert [text for text in written if text] == ["warning: a b\n", "error: c\n"]
 
 
 def test_a_missing_package_is_reported_in_one_line(capsys):
