@@ -11,14 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support"), str(ROOT / "tools")]
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+sys.path[:0] = [str(ROOT), str(TESTS / "support"), str(ROOT / "tools")]
 
-import generate
-from af3 import AudioFlamingo3ForConditionalGeneration
 from checkpoints import write_music_flamingo
 from places import DATA, SHARED, TINY
-from processor import AudioFlamingo3Processor
 from signals import sound, write_wav
 
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "processor_config.json"]
@@ -59,11 +57,15 @@ def spoiled(micro, tmp_path) -> Path:
 
 @pytest.fixture(scope="session")
 def model(micro):
+    from af3 import AudioFlamingo3ForConditionalGeneration
+
     return AudioFlamingo3ForConditionalGeneration.from_pretrained(micro, device_map="cpu")
 
 
 @pytest.fixture(scope="session")
 def processor(micro):
+    from processor import AudioFlamingo3Processor
+
     return AudioFlamingo3Processor.from_pretrained(micro)
 
 
@@ -105,6 +107,7 @@ def odd_clip(clip) -> str:
 @pytest.fixture
 def run(monkeypatch, capsys, micro):
     """Runs the command line in this process; returns (exit status, stdout, stderr)."""
+    import generate
 
     def call(*arguments, model=micro):
         command = ["generate.py", "--model", model, "--device", "cpu", *arguments]
