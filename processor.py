@@ -323,10 +323,10 @@ class AudioFlamingo3Processor:
         prompts = conventions.list_of_prompts(prompt, self.default_transcription_prompt, audios)
         return self(prompts, audios, **options)
 
-    def to_waveform(self, audio, name: str = "audio") -> Tensor:
+    def to_waveform(self, audio, name: str = "audio", **options) -> Tensor:
         """The float32 waveform (n,) of a file or 1-D samples at 16 kHz, cut at the longest length
-        that the model accepts. Integers are scaled by their range. `name` is for errors."""
-        return load_waveform(audio, name, SAMPLE_RATE, self.max_samples, MIN_SAMPLES)
+        that the model accepts. Integers are scaled by their range. See `load_waveform`."""
+        return load_waveform(audio, name, SAMPLE_RATE, self.max_samples, MIN_SAMPLES, **options)
 
     def prompt_pieces(self, prompt: str, windows: tuple, number: int) -> list[str | int]:
         """Prompt `number` of a batch, with the <sound> ids of its windows."""

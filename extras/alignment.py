@@ -12,10 +12,14 @@ later places for later words. The best heads then assign each audio frame to one
 dynamic time warping, as in Whisper's word timestamps.
 
 Attention is a hint, not proof: the words of an answer that is not a transcription also get times.
+
+Times count from the beginning of the sound. If that of a film begins late or has gaps, which
+`find_gaps` in plumbing/timeline.py finds, the times in the film are later.
 """
 
 import math
 import warnings
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -32,6 +36,7 @@ from af3 import (
     split_heads,
 )
 from plumbing import terminal
+from plumbing.timeline import Gap, on_timeline
 from plumbing.transformers_conventions import Batch
 from processor import HOP_LENGTH, SAMPLE_RATE, AudioFlamingo3Processor
 
@@ -93,10 +98,12 @@ def align(
     model: AudioFlamingo3ForConditionalGeneration,
     inputs: Batch,
     new_ids: Tensor,
+    gaps: Sequence[Gap] = (),
 ) -> Alignment:
     """Aligns an answer (new tokens,) to one prompt with the prompt's one recording.
 
-    Probabilities are the model's own, before temperature and repetition penalty.
+    Probabilities are the model's own, before temperature and repetition penalty. gaps: those of
+    the film that the recording is the sound of; times are then times in the film.
     """
     inputs = inputs.to(model.device)
     new_ids = torch.as_tensor(new_ids, device=model.device)
@@ -113,7 +120,7 @@ def align(
     for places, (begin, end) in zip(words, spans):
         text = processor.decode(new_ids[places]).strip()
         probability = float(np.prod([tokens[place].probability for place in places]))
-        described.append(Word(text, places, probability, begin, end))
+        described.append(Word(text, places, probability, *on_timeline(begin, end, gaps)))
     return Alignment(described, tokens, heads, attention, len(best))
 
 

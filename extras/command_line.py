@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from functools import wraps
@@ -26,7 +27,8 @@ from plumbing.json_file import read_fields
 from plumbing.positional_arguments import STDIN, split_words
 from plumbing.processes import num_processes
 from plumbing.terminal import refuse
-from processor import AudioFlamingo3Processor
+from plumbing.timeline import find_gaps
+from processor import SAMPLE_RATE, AudioFlamingo3Processor
 
 SHORTER_HINT = "shorten the audio or lower --max-new-tokens"  # for when memory runs out
 
@@ -336,9 +338,23 @@ def read_recording(
     name = args.recordings[number]
     with terminal.show_waiting(f"reading {name}", args.quiet), terminal.memory_hint(SHORTER_HINT):
         if name != STDIN:
-            return processor.to_waveform(name)
+            return read_file(args, processor, name)
         with terminal.clean_up_on_interrupt(), stdin_as_file() as path:
-            return processor.to_waveform(path)
+
+            def warn(message: str) -> None:
+                warnings.warn(message.replace(path, "standard input"))
+
+            return read_file(args, processor, path, warn=warn)
+
+
+def read_file(
+    args: argparse.Namespace, processor: AudioFlamingo3Processor, path: str, **options
+) -> Tensor:
+    """The waveform of a file; where times will be shown, args.gaps are those of its film."""
+    waveform = processor.to_waveform(path, **options)
+    if args.timestamps or args.explain is not None:
+        args.gaps = find_gaps(path, len(waveform) / SAMPLE_RATE)
+    return waveform
 
 
 class Report:
@@ -366,7 +382,8 @@ class Report:
         if self.args.timestamps:
             from extras.alignment import align, print_words
 
-            print_words(align(processor, model, inputs, torch.cat(self.timer.steps)))
+            new_ids = torch.cat(self.timer.steps)
+            print_words(align(processor, model, inputs, new_ids, self.args.gaps))
         if not self.args.quiet:
             print(terminal.describe_audio(inputs, processor.audio_token_id), file=sys.stderr)
             options = dataclasses.replace(model.generation_config, **self.args.options)
@@ -432,10 +449,9 @@ def explain_one(args: argparse.Namespace) -> None:
     waveform = read_recording(args, processor)
     model = load_model(args)
     if not args.explain:
-        explain(processor, model, waveform, args.prompt, args.options)
+        explain(processor, model, waveform, args.prompt, args.options, args.gaps)
         return
-    write_page(
-        args.explain, processor, model, waveform, args.recordings[0], args.prompt, args.options
-    )
+    name = args.recordings[0]
+    write_page(args.explain, processor, model, waveform, name, args.prompt, args.options, args.gaps)
     if not args.quiet:
         print(f"{args.explain}: open it in a browser", file=sys.stderr)

@@ -5,6 +5,7 @@ explain(processor, model, "rain.wav", "What sound is this?", options={})
 
 import shutil
 import textwrap
+from collections.abc import Sequence
 from itertools import tee
 
 import torch
@@ -15,7 +16,8 @@ from af3 import AudioFlamingo3ForConditionalGeneration, frame_counts
 from extras.alignment import UNCLEAR, Alignment, align
 from extras.stage_trace import describe_frames, fold_prompt, follow, stage_table
 from plumbing import terminal
-from processor import WINDOW_SECONDS, AudioFlamingo3Processor, mel_edges
+from plumbing.timeline import Gap, find_gaps, on_timeline
+from processor import SAMPLE_RATE, WINDOW_SECONDS, AudioFlamingo3Processor, mel_edges
 
 # From dark to bright: colors of a 256-color terminal, and characters for other terminals.
 HEAT = [16, 17, 18, 54, 90, 126, 162, 198, 203, 208, 214, 220, 226, 228, 230, 231]
@@ -31,11 +33,15 @@ def explain(
     audio: str | Tensor,
     prompt: str,
     options: dict,
+    gaps: Sequence[Gap] = (),
 ) -> None:
     """Prints the stages up to the first new token, the prompt, the answer, the log-mel, the
-    attention of each word to it, and the candidates for each token."""
+    attention of each word to it, and the candidates for each token. gaps: as for `align`."""
     columns = min(shutil.get_terminal_size().columns - 1, 400)
-    journey = follow(processor, model, processor.to_waveform(audio), prompt, options)
+    waveform = processor.to_waveform(audio)
+    if isinstance(audio, str):
+        gaps = find_gaps(audio, len(waveform) / SAMPLE_RATE)
+    journey = follow(processor, model, waveform, prompt, options)
     inputs = journey.inputs
     mel_frames = inputs["feature_attention_mask"].sum(1).tolist()
     print(stage_table(journey.stages), end="\n\n")
@@ -46,12 +52,12 @@ def explain(
     print("The answer:")
     steps, steps_again = tee(journey.steps)
     terminal.print_as_it_comes(processor.stream_text(steps))
-    alignment = align(processor, model, inputs, torch.cat(list(steps_again)))
+    alignment = align(processor, model, inputs, torch.cat(list(steps_again)), gaps)
 
     print(f"\nWhere each word looked: {describe_heads(alignment)}")
     features = inputs["input_features"].cpu()
     colored = terminal.has_256_colors()
-    print(picture(features, mel_frames, columns, colored))
+    print(picture(features, mel_frames, columns, colored, gaps))
     for line in attention_lines(alignment, mel_frames, columns):
         print(line)
     print("\n" + token_table(alignment))
@@ -103,7 +109,13 @@ def token_table(alignment: Alignment) -> str:
 # ---- The picture: log-mel windows, and below them a line of attention for each word ----
 
 
-def picture(features: Tensor, mel_frames: list[int], columns: int, colored: bool) -> str:
+def picture(
+    features: Tensor,
+    mel_frames: list[int],
+    columns: int,
+    colored: bool,
+    gaps: Sequence[Gap] = (),
+) -> str:
     """Draws the real frames of windows (W, 128, 3000), with Hz on the left and seconds below.
 
     Low frequencies are at the bottom. Windows are separated by a border; below each window is its
@@ -128,7 +140,7 @@ def picture(features: Tensor, mel_frames: list[int], columns: int, colored: bool
         lines.append(framed(labels[line], cells))
     frame_counts_below = [frame_label(frames, width) for frames, width in zip(mel_frames, widths)]
     lines.append(framed("", frame_counts_below))
-    lines.append(framed("seconds", time_axis(mel_frames, widths)))
+    lines.append(framed("seconds", time_axis(mel_frames, widths, gaps)))
     return "\n".join(lines)
 
 
@@ -181,8 +193,8 @@ def frame_label(mel_frames: int, width: int) -> str:
     return label.center(width, "-")
 
 
-def time_axis(mel_frames: list[int], widths: list[int]) -> list[str]:
-    """A time axis for each window, in seconds. Each number begins at its time."""
+def time_axis(mel_frames: list[int], widths: list[int], gaps: Sequence[Gap] = ()) -> list[str]:
+    """A time axis for each window, in seconds of the film. Each number begins at its time."""
     columns_a_second = 100 * sum(widths) / sum(mel_frames)
     for step in (0.1, 0.2, 0.5, 1, 2, 5, 10, 30):
         if step * columns_a_second >= 6:
@@ -192,7 +204,8 @@ def time_axis(mel_frames: list[int], widths: list[int]) -> list[str]:
         axis = ""
         for tick in range(int(frames / 100 / step) + 1):
             column = round(tick * step * 100 / frames * width)
-            label = f"{window * WINDOW_SECONDS + tick * step:g}"
+            time = window * WINDOW_SECONDS + tick * step
+            label = f"{round(on_timeline(time, time, gaps)[0], 2):g}"
             if len(axis) <= column <= width - len(label):
                 axis = axis.ljust(column) + label
         cells.append(axis.ljust(width))

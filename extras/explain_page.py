@@ -15,6 +15,7 @@ import re
 import struct
 import wave
 import zlib
+from collections.abc import Sequence
 from itertools import tee
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from extras.alignment import UNCLEAR, Alignment, Head, Token, align
 from extras.stage_trace import Journey, describe_frames, fold_prompt, follow
 from plumbing import terminal
 from plumbing.replace_file import replace_file
+from plumbing.timeline import Gap, on_timeline
 from processor import SAMPLE_RATE, AudioFlamingo3Processor, mel_edges
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -56,9 +58,11 @@ def write_page(
     name: str,
     prompt: str,
     options: dict,
+    gaps: Sequence[Gap] = (),
 ) -> None:
     """Writes the page of a recording (n,) at 16 kHz called `name`; streams the answer to stdout.
 
+    gaps: those of the film that the recording is the sound of; the page shows times in the film.
     Raises ValueError if the page's name does not end in .html, or its folder does not exist.
     """
     check_page_name(path)
@@ -69,6 +73,9 @@ def write_page(
     alignment = align(processor, model, journey.inputs, torch.cat(list(steps_again)))
     contents = describe(processor, journey, alignment)
     contents |= {"name": name, "prompt": prompt, "seconds": len(waveform) / SAMPLE_RATE}
+    contents["gaps"] = gaps
+    for word in contents["words"]:
+        word["film"] = on_timeline(word["begin"], word["end"], gaps)
     picture = png(log_mel_picture(journey))
     page = fill_template(name, contents, wav(waveform), picture)
     replace_file(path, page)

@@ -24,7 +24,6 @@ import os
 import random
 import statistics
 import sys
-import warnings
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -169,10 +168,23 @@ def plan_batches(
 
 
 def make_batch(examples: list[Example], processor: AudioFlamingo3Processor) -> Batch:
-    chats = [example.messages for example in examples]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # `read_examples` has already shown the warnings
-        return processor.apply_chat_template(chats, output_labels="answer")
+    chats = [with_waveforms(example.messages, processor) for example in examples]
+    return processor.apply_chat_template(chats, output_labels="answer")
+
+
+def with_waveforms(messages: list[dict], processor: AudioFlamingo3Processor) -> list[dict]:
+    """The messages of an example with its recordings loaded.
+
+    Nothing is said about them: `read_examples` has already shown the warnings.
+    """
+    question, *answer = messages
+    content = []
+    for part in question["content"]:
+        if part["type"] == "audio":
+            waveform = processor.to_waveform(part["path"], warn=lambda message: None)
+            part = {"type": "audio", "audio": waveform}
+        content.append(part)
+    return [{**question, "content": content}, *answer]
 
 
 # ---- What is trained ----
@@ -182,13 +194,15 @@ def make_trainable(
     model: AudioFlamingo3ForConditionalGeneration, settings: Settings
 ) -> dict[str, nn.Parameter]:
     """Adds LoRA factors, or unfreezes all weights; returns the trained parameters by name."""
-    torch.manual_seed(settings.seed)
     if settings.full:
         model.float().requires_grad_(True)
     else:
         model.requires_grad_(False)
-        for name in choose_layers(model, settings.targets, settings.projector):
-            add_factors(model, name, settings.rank, settings.alpha)
+        gpus = [model.device] if model.device.type == "cuda" else []
+        with torch.random.fork_rng(gpus):  # the caller's random numbers stay as they were
+            torch.manual_seed(settings.seed)
+            for name in choose_layers(model, settings.targets, settings.projector):
+                add_factors(model, name, settings.rank, settings.alpha)
     parameters = model.named_parameters()
     return {name: parameter for name, parameter in parameters if parameter.requires_grad}
 
@@ -369,10 +383,8 @@ def held_out_loss(model, processor, examples: list[Example], batch_size: int) ->
 
 
 def answer(model, processor, example: Example) -> str:
-    question = example.messages[:1]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        batch = processor.apply_chat_template(question, add_generation_prompt=True)
+    question = with_waveforms(example.messages[:1], processor)
+    batch = processor.apply_chat_template(question, add_generation_prompt=True)
     ids = model.generate(**batch.to(model.device), max_new_tokens=64, do_sample=False)
     return processor.decode(ids[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 

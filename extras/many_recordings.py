@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,8 +26,9 @@ from plumbing.audio_file import AUDIO_SUFFIXES, check_is_no_url
 from plumbing.check_inputs import check_length, check_plain_prompt
 from plumbing.json_file import check_is_file
 from plumbing.terminal import Progress, describe_error
+from plumbing.timeline import find_gaps
 from plumbing.transformers_conventions import Batch
-from processor import N_SAMPLES, AudioFlamingo3Processor, audio_frame_count
+from processor import N_SAMPLES, SAMPLE_RATE, AudioFlamingo3Processor, audio_frame_count
 
 OUTCOMES = ("response", "error")
 TIMESTAMPS = "words"  # the field for timestamps
@@ -351,11 +353,7 @@ def load_recordings(jobs: list[Job], processor: AudioFlamingo3Processor) -> list
 
 
 def load_one(file: str, processor: AudioFlamingo3Processor) -> Tensor:
-    with warnings.catch_warnings(record=True) as caught:
-        waveform = processor.to_waveform(file)
-    for warning in caught:
-        warn_about(file, str(warning.message))
-    return waveform
+    return processor.to_waveform(file, warn=partial(warn_about, file))
 
 
 def count_audio_frames(waveform: Tensor) -> int:
@@ -423,10 +421,13 @@ def words_of(
     """The words, with their times, of an answer (new tokens,) that may be padded."""
     is_real = new_ids != model.generation_config.pad_token_id
     num_real = int(is_real.nonzero().max()) + 1 if bool(is_real.any()) else 1
+    (waveform,), job = loaded
+    (file,) = job.recordings
     inputs = make_inputs([loaded], processor)
-    alignment = align(processor, model, inputs, new_ids[:num_real])
+    gaps = find_gaps(file, len(waveform) / SAMPLE_RATE)
+    alignment = align(processor, model, inputs, new_ids[:num_real], gaps)
     if alignment.words and not alignment.follows_sound:
-        warn_about(loaded[1].recordings[0], UNCLEAR)
+        warn_about(file, UNCLEAR)
     return as_fields(alignment.words)
 
 

@@ -210,7 +210,7 @@ def clip_mels(waveform: np.ndarray, speeds: int, spread: float, rng) -> list[Ten
         rates.append(round(rng.uniform(1 - spread, 1 + spread) * 160) * 100)
     mels = []
     for rate in rates:
-        samples = resample(torch.from_numpy(waveform).float(), rate, 16000)
+        samples = torch.from_numpy(resample(waveform.astype(np.float32), rate, 16000))
         samples = F.pad(samples, (rng.randrange(160), 0))
         frames = min(mel_frame_count(len(samples)) + 3, N_MEL_FRAMES)
         mel = log_mel(samples)[:, :frames]

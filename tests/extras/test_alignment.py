@@ -1,5 +1,9 @@
 """Word timestamps: the layers' attention weights, heads ranked without labels, word times."""
 
+import io
+import json
+import re
+import sys
 from itertools import combinations
 
 import numpy as np
@@ -19,11 +23,13 @@ from extras.alignment import (
     word_spans,
 )
 from extras.many_recordings import count_audio_frames
+from films import write_film
 from places import TINY
 from plumbing.audio_file import load_audio
 from processor import AudioFlamingo3Processor, feature_batch
 from signals import sound
 
+DIGITS = TINY / "samples" / "digits.wav"
 SECONDS_OF_FRAME = 0.04
 
 
@@ -293,3 +299,60 @@ def test_times_that_mean_little_are_warned_about(run):
     _, out, err = run(TINY / "samples" / "rain.wav", "Who are you?", "--timestamps", model=TINY)
     assert [line.split()[3] for line in out.splitlines()[1:]] == ["I", "don't", "know."]
     assert "warning: no attention head points at a place for each word" in err
+
+
+# ---- Films ----
+
+
+@pytest.fixture
+def film(tmp_path, ffmpeg):
+    """A film in which the three digits begin three seconds late."""
+    return write_film(tmp_path / "film.mkv", [DIGITS], late=3)
+
+
+IN_FILM = [("seven", 3.16, 3.72), ("three", 3.92, 4.32), ("one", 4.48, 4.96)]
+
+
+def assert_in_film(words):
+    for (text, begin, end), (expected, film_begin, film_end) in zip(words, IN_FILM, strict=True):
+        assert text == expected
+        assert (float(begin), float(end)) == pytest.approx((film_begin, film_end), abs=0.13)
+
+
+def test_times_are_those_of_the_film(run, film):
+    _, out, _ = run(film, "--timestamps", model=TINY)
+    answer, *lines = out.splitlines()
+    assert answer == "seven three one"
+    words = [line.split() for line in lines]
+    assert_in_film([(text, begin, end) for begin, end, _, text in words])
+
+
+def test_times_of_a_film_from_standard_input_are_those_of_the_film(run, film, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(film.read_bytes())))
+    _, out, _ = run("-", "--timestamps", model=TINY)
+    words = [line.split() for line in out.splitlines()[1:]]
+    assert_in_film([(text, begin, end) for begin, end, _, text in words])
+
+
+def test_times_in_json_lines_are_those_of_the_film(run, film):
+    _, out, _ = run(film, DIGITS, "--timestamps", model=TINY)
+    of_film, of_wav = [json.loads(line)["words"] for line in out.splitlines()]
+    assert_in_film([(word["word"], word["begin"], word["end"]) for word in of_film])
+    assert of_wav[0]["begin"] == pytest.approx(0.16)
+
+
+def test_an_explanation_has_the_times_of_the_film(run, film):
+    _, out, _ = run("--explain", film, model=TINY)
+    (axis,) = [line for line in out.splitlines() if line.startswith("  seconds |")]
+    rows = re.findall(r"^' ?(\w+)' .*%  ([\d.]+) to ([\d.]+)", out, re.MULTILINE)
+    assert float(axis.split("|")[1].split()[0]) == pytest.approx(3, abs=0.07)
+    assert_in_film(rows)
+
+
+def test_a_page_has_the_times_of_the_film(run, film, tmp_path):
+    run("--explain", tmp_path / "page.html", film, model=TINY)
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])
+    assert_in_film([(word["text"], *word["film"]) for word in data["words"]])
+    assert data["words"][0]["begin"] < 1  # in the sound, which the page plays
+    assert data["gaps"] == [[0, pytest.approx(3, abs=0.07)]]

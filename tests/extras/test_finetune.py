@@ -23,6 +23,7 @@ from extras.finetune import (
     hold_out,
     learning_rate,
     make_batch,
+    make_trainable,
     plan_batches,
     read_examples,
     save_memory,
@@ -439,3 +440,11 @@ def test_a_recording_that_is_cut_is_warned_about_once(lines, processor, monkeypa
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make_batch(examples, processor)
+
+
+def test_training_leaves_the_random_numbers_of_its_caller_alone(micro):
+    model = load(micro)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    make_trainable(model, Settings(seed=7))
+    assert torch.equal(torch.get_rng_state(), before)

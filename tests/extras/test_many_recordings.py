@@ -153,10 +153,10 @@ def test_a_batch_that_does_not_fit_in_memory_is_answered_one_by_one(run_lines, f
 def test_a_recording_too_large_for_memory_gets_its_own_error(run_lines, folder, monkeypatch):
     load = AudioFlamingo3Processor.to_waveform
 
-    def run_out_of_memory(processor, audio, name="audio"):
+    def run_out_of_memory(processor, audio, *arguments, **options):
         if str(audio).endswith("3.wav"):
             raise MemoryError("Unable to allocate 11.2 GiB")
-        return load(processor, audio, name)
+        return load(processor, audio, *arguments, **options)
 
     monkeypatch.setattr(AudioFlamingo3Processor, "to_waveform", run_out_of_memory)
     jobs = run_lines(folder, "Hi", *ONE_TOKEN)

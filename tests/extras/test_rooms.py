@@ -1,6 +1,7 @@
 """Which file may import which, so that a reader can skip the rest."""
 
 import ast
+import re
 import sys
 
 import pytest
@@ -167,3 +168,23 @@ def test_no_file_imports_a_file_that_imports_it():
 def test_tiny_is_smaller_than_16_megabytes():
     files = [path for path in (ROOT / "tiny").rglob("*") if "__pycache__" not in path.parts]
     assert 1e6 < sum(path.stat().st_size for path in files if path.is_file()) < 16e6
+
+
+# The state of a process, which belongs to its owner: threads, random numbers, warnings, signals.
+STATE = re.compile(
+    r"torch\.(set_(?!_)\w+|manual_seed|use_\w+)|torch\.cuda\.set_device|signal\.signal\("
+    r"|warnings\.(catch_warnings|simplefilter|filterwarnings|showwarning =)"
+    r"|np\.(seterr|random\.seed)|random\.seed|os\.(chdir|putenv|umask|environ\[.*\] =)"
+)
+# Only programs change it. A library must not: not even for a while, since in other threads the
+# change would be seen, and two of them would restore the wrong values.
+PROGRAMS = {"command_line", "terminal", "chat", "parallel"}
+
+
+@pytest.mark.parametrize("room", [*ROOMS])
+def test_only_programs_change_the_state_of_their_process(room):
+    for path in files_of(room):
+        found = {match[0] for match in STATE.finditer(path.read_text(encoding="utf-8"))}
+        if path.stem == "finetune":
+            found.discard("torch.manual_seed")  # within fork_rng, which is tested
+        assert not found or path.stem in PROGRAMS, (path, found)

@@ -134,12 +134,12 @@ def test_integers_of_any_width_are_scaled_by_the_range_of_their_type(processor):
 def test_a_warning_says_how_much_of_a_longer_recording_is_heard(processor):
     processor = AudioFlamingo3Processor(processor.tokenizer, max_audio_len=30)
     with pytest.warns(UserWarning, match=r"^40\.0 s of audio: only the first 30\.0 s are heard$"):
-        processor("Hi", np.zeros(40 * 16000, np.float32))
+        processor("Hi", sound(40 * 16000))
     with pytest.warns(UserWarning, match=r"^30\.0 s of audio: only the first 30\.0 s are heard$"):
-        processor("Hi", np.zeros(30 * 16000 + 1, np.float32))
+        processor("Hi", sound(30 * 16000 + 1))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        processor("Hi", np.zeros(30 * 16000, np.float32))
+        processor("Hi", sound(30 * 16000))
 
 
 # ---- Conversations ----
