@@ -60,12 +60,13 @@ def print_warning(message, *_) -> None:
     with suppress(OSError):  # stderr may be full or closed
         if sys.stderr.isatty():
             write_status("")  # clear a progress line
-        print(f"warning: {one_line(message)}", file=sys.stderr)
+        # Written at once, so that the lines of two threads do not mix.
+        print(f"warning: {one_line(message)}\n", end="", file=sys.stderr)
 
 
 def print_error(error: Exception) -> None:
     with suppress(OSError):
-        print(f"error: {describe_error(error)}", file=sys.stderr)
+        print(f"error: {describe_error(error)}\n", end="", file=sys.stderr)
 
 
 def refuse(message: str) -> None:

@@ -13,11 +13,10 @@ import torch
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
-TINY = ROOT / "tiny"
-SHARED = ROOT.parent / "shared"
-sys.path[:0] = [str(ROOT), str(TESTS), str(ROOT / "tools")]
+sys.path[:0] = [str(ROOT), str(TESTS / "support"), str(ROOT / "tools")]
 
 from checkpoints import write_music_flamingo
+from places import DATA, SHARED, TINY
 from signals import sound, write_wav
 
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "processor_config.json"]
@@ -48,19 +47,27 @@ def pytest_configure(config):
 def micro(tmp_path_factory) -> Path:
     """A complete checkpoint with seeded random weights and tiny/'s tokenizer. Do not modify it."""
     folder = tmp_path_factory.mktemp("micro")
-    for file in (TESTS / "micro").iterdir():
+    for file in (DATA / "micro").iterdir():
         shutil.copy(file, folder)
     for name in TOKENIZER_FILES:
         shutil.copy(TINY / name, folder)
     return folder
 
 
+@pytest.fixture(scope="session")
+def families(micro, tmp_path_factory) -> dict[str, Path]:
+    """The same for Audio Flamingo 3 and its siblings. Do not modify them."""
+    folders = {"af3": micro}
+    for family in ("music", "next"):
+        folders[family] = tmp_path_factory.mktemp("family") / family
+        write_music_flamingo(micro, TINY / "chat_template.jinja", folders[family], family)
+    return folders
+
+
 @pytest.fixture(scope="session", params=["music", "next"])
-def music_flamingo(request, micro, tmp_path_factory) -> Path:
-    """The same for Music Flamingo and Audio Flamingo Next. Do not modify it."""
-    folder = tmp_path_factory.mktemp("family") / request.param
-    write_music_flamingo(micro, TINY / "chat_template.jinja", folder, request.param)
-    return folder
+def music_flamingo(request, families) -> Path:
+    """That of Music Flamingo, and that of Audio Flamingo Next. Do not modify it."""
+    return families[request.param]
 
 
 @pytest.fixture
@@ -86,7 +93,7 @@ def processor(micro):
 @pytest.fixture(scope="session")
 def goldens() -> dict[str, torch.Tensor]:
     """The outputs of transformers and peft, recorded by make_goldens.py."""
-    arrays = np.load(TESTS / "goldens.npz")
+    arrays = np.load(DATA / "goldens.npz")
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 

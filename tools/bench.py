@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 from af3 import AudioFlamingo3ForConditionalGeneration
 from extras.float32_matmul import use_float32_matmul
 from extras.long_prompts import use_unmasked_attention

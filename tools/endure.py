@@ -24,7 +24,7 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1")
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 from af3 import AudioFlamingo3ForConditionalGeneration
 from processor import AudioFlamingo3Processor
 from signals import sound, write_wav

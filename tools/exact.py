@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 from af3 import AudioFlamingo3ForConditionalGeneration, frame_counts
 from extras.music_flamingo import is_music_flamingo
 from plumbing.find_checkpoint import check_is_checkpoint

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 from af3 import AudioFlamingo3Config, AudioFlamingo3ForConditionalGeneration
 from checkpoints import change_json, change_section
 from load_weights import read_config

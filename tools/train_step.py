@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 from af3 import AudioFlamingo3Config, AudioFlamingo3ForConditionalGeneration, Qwen2Config
 from bench import peak_memory
 from extras.finetune import AnswerLoss, Settings, make_trainable, save_memory, train_step
