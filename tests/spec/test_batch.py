@@ -19,7 +19,7 @@ def batch(processor, sound):
     return processor(["Hi", "Hi"], [sound(480_321), sound(16_080)])
 
 
-@pytest.mark.differs("its feature mask is int32")
+@pytest.mark.differs("in transformers, the feature mask is int32")
 def test_ids_and_masks_are_int64_and_features_are_float32(batch):
     dtypes = {name: tensor.dtype for name, tensor in batch.items()}
 
@@ -92,7 +92,7 @@ def test_a_batch_moved_to_a_dtype_keeps_its_integers(batch):
         assert half[name].dtype == batch[name].dtype
 
 
-@pytest.mark.differs("there it has only that name")
+@pytest.mark.differs("in transformers, it has only that name")
 def test_the_feature_mask_also_has_the_name_that_transformers_uses(batch):
     assert torch.equal(batch["input_features_mask"], batch["feature_attention_mask"])
 

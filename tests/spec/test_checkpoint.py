@@ -392,18 +392,22 @@ def test_a_saved_processor_makes_the_same_tensors(processor, checkpoint, sound):
 # ---- The hub's cache ----
 
 
+def put_in_cache(cache, checkpoint):
+    """Makes a checkpoint the newest snapshot of nvidia/some-model in a cache of the hub."""
+    model = cache / "models--nvidia--some-model"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text("0123abc")
+    (model / "snapshots").mkdir()
+    (model / "snapshots" / "0123abc").symlink_to(checkpoint)
+
+
 @pytest.mark.differs("transformers reads the variables once, when it is imported")
 def test_a_name_is_looked_up_in_hf_hub_cache_then_hf_home_then_the_home_directory(
     checkpoint, tmp_path, monkeypatch
 ):
     places = {"HF_HUB_CACHE": "a", "HF_HOME": "b/hub", "HOME": "c/.cache/huggingface/hub"}
     for variable, place in places.items():
-        model = tmp_path / place / "models--nvidia--some-model"
-        (model / "refs").mkdir(parents=True)
-        (model / "refs" / "main").write_text("0123abc")
-        folder = model / "snapshots" / "0123abc"
-        folder.parent.mkdir()
-        folder.symlink_to(checkpoint)
+        put_in_cache(tmp_path / place, checkpoint)
         monkeypatch.setenv(variable, str(tmp_path / place[0]))
     for variable, place in places.items():
         processor = AudioFlamingo3Processor.from_pretrained("nvidia/some-model")

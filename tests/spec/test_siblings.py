@@ -119,7 +119,6 @@ def test_1200_s_are_heard_if_processor_config_json_does_not_say_otherwise(music_
     assert (batch["input_ids"] == SOUND).sum() == 30_000
 
 
-@pytest.mark.differs("there is no such option")
 def test_strip_prefix_strips_nothing_because_they_write_no_introduction(music_processor):
     text = "The transcription of the audio is 'a'."
     ids = music_processor.tokenizer.encode(text)
