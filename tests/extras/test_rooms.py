@@ -188,3 +188,12 @@ def test_only_programs_change_the_state_of_their_process(room):
         if path.stem == "finetune":
             found.discard("torch.manual_seed")  # within fork_rng, which is tested
         assert not found or path.stem in PROGRAMS, (path, found)
+
+
+def test_the_table_of_rules_names_only_tests_that_exist():
+    spec = ROOT / "tests" / "spec"
+    names = set()
+    for path in spec.glob("test_*.py"):
+        names |= set(re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE))
+    table = (spec / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"`(test_\w+)`", table)) <= names

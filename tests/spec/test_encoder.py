@@ -170,7 +170,7 @@ def test_attention_reads_the_real_keys_head_by_head(randomized):
     assert is_close(attention(x, mask[None, None, None])[0], expected)
 
 
-def test_in_encoder_and_projector_only_the_keys_have_no_bias(model):
+def test_in_encoder_and_projector_only_keys_and_positions_have_no_bias(model):
     without_bias = set()
     for part in (model.audio_tower, model.multi_modal_projector):
         names = {name for name, _ in part.named_parameters()}
@@ -182,18 +182,21 @@ def test_in_encoder_and_projector_only_the_keys_have_no_bias(model):
 
 @torch.no_grad()
 def test_in_bfloat16_the_scaled_queries_are_rounded_before_the_product_with_the_keys():
-    attention = AudioFlamingo3Attention(small_config(heads=1))
-    torch.nn.utils.vector_to_parameters(torch.zeros(300), attention.parameters())
-    attention.q_proj.bias.copy_(torch.linspace(-95, -170, 8))  # q, for all frames
+    # One head of 8 channels. Whatever the frames, the query is the bias. Window i has two frames:
+    # a zero, with key and value 0, and the i-th unit vector, with key e[i] and value 1. So the
+    # scores are 0 and s = scaled query[i], and the result is e^s / (1 + e^s). For s of -33 or
+    # less, its logarithm is s. bfloat16 rounds such an s to a multiple of 0.25.
+    attention = AudioFlamingo3Attention(small_config(heads=1)).bfloat16()
+    for weight in attention.parameters():
+        weight.zero_()
+    query = attention.q_proj.bias.copy_(torch.linspace(-95, -170, 8))
     attention.k_proj.weight.copy_(torch.eye(8))
     attention.v_proj.weight.fill_(1.0)
     attention.out_proj.weight.copy_(torch.eye(8))
-    # In window i, frame 0 has score and value 0, frame 1 score q[i] and value 1. So the result
-    # is exp(q[i]), from which q[i] can be read; bfloat16 rounds it to a multiple of 0.25.
     x = torch.stack([torch.zeros(8, 8), torch.eye(8)], dim=1).bfloat16()  # (8 windows, 2, 8)
-    out = attention.bfloat16()(x, torch.ones(8, 1, 1, 2, dtype=torch.bool))
-    scaled = attention.q_proj.bias * 8**-0.5
-    assert is_close(out[:, 0, 0].float().log(), scaled.float(), limit=0.01)
+    result = attention(x, torch.ones(8, 1, 1, 2, dtype=torch.bool))
+    scaled = query * 8**-0.5  # in bfloat16, so it is rounded
+    assert is_close(result[:, 0, 0].float().log(), scaled.float(), limit=0.01)
 
 
 def test_a_layer_adds_attention_then_a_feed_forward_network_to_frames_it_normalizes(encoder):
@@ -204,7 +207,7 @@ def test_a_layer_adds_attention_then_a_feed_forward_network_to_frames_it_normali
 
 @torch.no_grad()
 def test_the_layers_normalize_with_an_eps_of_1e_5(encoder):
-    module = encoder(layers=1)
+    module = encoder(layers=1)  # made so small that the eps of `plain_layer_norm` shows
     for layer in (module.conv1, module.conv2):
         layer.weight.mul_(1e-3)
         layer.bias.mul_(1e-3)

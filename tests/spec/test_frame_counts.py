@@ -74,4 +74,5 @@ def test_only_the_first_600_s_of_a_longer_recording_are_heard(processor):
     batch = processor("Hi", recording)
 
     assert len(batch["input_features"]) == 20
+    assert batch["input_features"][0].max() > batch["input_features"][1].max()  # it has the click
     assert (batch["input_ids"] == SOUND).sum() == 15_000

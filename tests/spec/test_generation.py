@@ -26,7 +26,7 @@ def counting_model(tiny_config, randomized):
         elif name.endswith("embed_tokens.weight"):
             weight.data.copy_(torch.eye(12))
         elif name.endswith(("language_model.norm.weight", "language_model.model.norm.weight")):
-            weight.data.fill_(12**-0.5)  # cancels that of the norm
+            weight.data.fill_(12**-0.5)  # the norm of a unit vector multiplies it by 12**0.5
         elif name.endswith("lm_head.weight"):
             weight.data.copy_(12 - (rows[:, None] - rows - 1) % 12)
     return model
@@ -266,7 +266,7 @@ def test_an_option_that_is_absent_or_none_takes_the_value_of_the_checkpoint(coun
     assert new_ids(counting_model, [[3]], eos_token_id=[]) == [[4, 5, 6, 7]]
 
 
-def test_top_k_and_top_p_of_none_are_no_limit_whatever_the_checkpoint_says(counting_model):
+def test_only_a_top_k_or_top_p_of_none_is_no_limit_instead(counting_model):
     torch.manual_seed(0)
     counting_model.generation_config = GenerationConfig(do_sample=True, top_k=1, top_p=0.1)
     assert new_ids(counting_model, [[3]], max_new_tokens=3) == [[4, 5, 6]]
