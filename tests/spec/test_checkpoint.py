@@ -347,6 +347,15 @@ def test_the_default_system_message_is_that_of_the_chat_template(checkpoint):
     assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n")
 
 
+@pytest.mark.differs("transformers reads only the layout of the hub")
+def test_the_original_layout_has_its_tokenizer_in_llm(original_checkpoint, processor, sound):
+    original = AudioFlamingo3Processor.from_pretrained(original_checkpoint)
+
+    ids = original("Hi", sound(80_000))["input_ids"]
+
+    assert torch.equal(ids, processor("Hi", sound(80_000))["input_ids"])
+
+
 def test_without_files_of_a_processor_its_settings_are_these(original_checkpoint):
     assert load_weights.read_processor_config(original_checkpoint, {}) == {
         "max_audio_len": 600,

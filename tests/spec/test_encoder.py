@@ -294,6 +294,13 @@ def test_windows_are_encoded_eight_at_a_time_in_order(model):
     assert is_close(frames, model.multi_modal_projector(together[:, 0]), limit=1e-5)
 
 
+def test_the_ninth_window_has_a_mask_of_its_own(model):
+    features, mask = official_windows(*[4] * 8, 101)  # 1 audio frame each, then 25
+    frames = model.get_audio_features(features, mask)
+    assert frames.shape == (33, 48)
+    assert is_close(frames[8:], model.get_audio_features(features[8:], mask[8:]), limit=1e-5)
+
+
 @pytest.mark.differs("transformers refuses float32 features in a bfloat16 model")
 def test_float32_features_reach_a_bfloat16_model(model):
     bfloat16_model = copy.deepcopy(model).bfloat16()

@@ -117,6 +117,15 @@ def test_a_message_may_have_several_recordings(processor):
     assert "<|im_start|>user\n<sound><sound><|im_end|>" in template
 
 
+def test_a_recording_in_a_message_is_cut_into_windows_too(processor, sound):
+    conversation = [user(audio(sound(496_000)), text("Hi"))]
+
+    batch = processor.apply_chat_template(conversation, tokenize=True, return_dict=True)
+
+    assert len(batch["input_features"]) == 2
+    assert (batch["input_ids"] == 644).sum() == 775
+
+
 def test_a_message_without_content_is_an_empty_turn(processor):
     turns = [user(text("Hi")), {"role": "assistant", "content": None}]
 
