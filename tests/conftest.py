@@ -98,10 +98,12 @@ def goldens() -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="session")
-def qwen() -> Path:
+def official_tokenizer():
+    from processor import Tokenizer
+
     if not (SHARED / "qwen" / "tokenizer.json").exists():
         pytest.skip("the official tokenizer files (../shared/qwen) are not here")
-    return SHARED / "qwen"
+    return Tokenizer(SHARED / "qwen")
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from processor import AudioFlamingo3Processor, Tokenizer
+from processor import AudioFlamingo3Processor
 from signals import conversation, sound
 
 
@@ -33,8 +33,10 @@ def test_every_turn_of_the_assistant_is_labeled(processor):
     assert labeled_text(processor, batch) == "rain<|im_end|>sea waves<|im_end|>"
 
 
-def test_newlines_that_begin_an_answer_are_labeled_with_the_token_that_they_share(qwen):
-    processor = AudioFlamingo3Processor(Tokenizer(qwen))
+def test_newlines_that_begin_an_answer_are_labeled_with_the_token_that_they_share(
+    official_tokenizer,
+):
+    processor = AudioFlamingo3Processor(official_tokenizer)
     batch = processor.apply_chat_template(exchange("Hi", "\n\nrain"), output_labels="answer")
     assert labeled_text(processor, batch) == "\n\n\nrain<|im_end|>"
 

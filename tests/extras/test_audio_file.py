@@ -320,10 +320,11 @@ def test_every_suffix_of_a_folder_is_read_and_a_codecs_delay_is_no_gap(tmp_path,
         path.write_bytes(AMR[suffix])
     else:
         run_ffmpeg([ffmpeg, "-v", "error", "-i", DIGITS, *OPTIONS.get(suffix, []), path])
-    waveform = load_audio(path)
+    messages = []
+    waveform = load_audio(path, warn=messages.append)
     assert 0.9 <= len(waveform) / 16000 < 2.2
     assert find_gaps(path, len(waveform) / 16000) == []
-    assert warnings_of(path) == []
+    assert messages == []
 
 
 # ---- Films ----
@@ -339,8 +340,9 @@ def test_sound_that_begins_late_is_a_gap_at_the_beginning_of_a_film(tmp_path, ff
     assert abs(begin + missing - 3 - begin_of_sound(load_audio(DIGITS))) < 0.05
 
 
-@pytest.mark.parametrize("suffix", FILMS)
-@pytest.mark.parametrize("gap", [2, 15])
+@pytest.mark.parametrize(
+    "suffix, gap", [*[(suffix, 2) for suffix in FILMS], ("mkv", 15), ("ts", 15), ("mpg", 15)]
+)
 def test_a_gap_in_the_sound_of_a_film_is_found(tmp_path, ffmpeg, suffix, gap):
     film = write_film(tmp_path / f"gap.{suffix}", [DIGITS], seconds=20, gap=gap)
     waveform = load_audio(film)

@@ -28,9 +28,9 @@ from_pretrained = AudioFlamingo3ForConditionalGeneration.from_pretrained
 def together(micro):
     """Runs the command line in several processes, as torchrun starts them."""
 
-    def call(processes, *arguments, **options):
+    def call(processes, *arguments, program=ROOT / "generate.py", **options):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", processes, ROOT / "generate.py"]
+        command += ["--nproc-per-node", processes, program]
         command += ["--model", micro, "--device", "cpu", *arguments]
         words = [str(word) for word in command]
         return subprocess.run(words, capture_output=True, text=True, **options)
@@ -113,13 +113,48 @@ def test_the_death_of_a_process_is_reported_in_one_line(together, folder, tmp_pa
 # ---- Splitting the model ----
 
 
-def test_a_split_model_samples_the_tokens_of_a_whole_one(run, together, clip, odd_clip):
+# generate.py, where each process notes how much of the decoder it has.
+NOTING_SIZES = """
+import os, sys
+from pathlib import Path
+
+sys.path.insert(0, os.getcwd())
+import generate
+from extras import parallel
+
+def size(model):
+    weights = model.language_model.model.layers.parameters()
+    return sum((w.to_local() if hasattr(w, "to_local") else w).numel() for w in weights)
+
+def noting_split(model, device, split=parallel.split_model):
+    whole = size(model)
+    model = split(model, device)
+    heads = model.new_cache(1, 3).keys[0].shape[1]
+    sizes = Path(__file__).with_suffix("." + os.environ["RANK"])
+    sizes.write_text(f"{heads} {size(model) / whole}")
+    return model
+
+parallel.split_model = noting_split
+sys.exit(generate.main())
+"""
+
+
+def test_a_split_model_samples_the_tokens_of_a_whole_one_with_half_of_its_weights(
+    run, together, clip, odd_clip, tmp_path
+):
     options = [clip, odd_clip, "H\udce9?", "--max-new-tokens", 12, "--sample", "--seed", 1]
     _, out, _ = run(*options, "--quiet")
     assert out.count('"response"') == 2
-    result = together(2, *options, "--quiet", "--tensor-parallel")
+    program = tmp_path / "generate.py"
+    program.write_text(NOTING_SIZES)
+    options += ["--quiet", "--tensor-parallel"]
+    result = together(2, *options, program=program, cwd=ROOT)
     assert result.stdout == out
     assert (result.returncode, result.stderr) == (0, "")
+    for rank in range(2):
+        heads, share = program.with_suffix(f".{rank}").read_text().split()
+        assert heads == "1"  # of two
+        assert 0.5 <= float(share) < 0.52  # the norms are whole
 
 
 @pytest.fixture
@@ -148,40 +183,6 @@ def test_the_plan_covers_every_linear_layer_of_the_decoder(alone, micro):
     weights = [m.weight for m in split.language_model.modules() if isinstance(m, nn.Linear)]
     assert len(weights) == 7 * 2 + 1
     assert all(isinstance(weight, DTensor) for weight in weights)
-
-
-PART_SIZES = """
-import sys
-import torch.distributed as dist
-from af3 import AudioFlamingo3ForConditionalGeneration
-from extras import command_line
-from extras.parallel import split_model
-dist.init_process_group("gloo")
-model = AudioFlamingo3ForConditionalGeneration.from_pretrained(sys.argv[1], "cpu")
-whole = sum(p.numel() for p in model.language_model.model.layers.parameters())
-parts = split_model(model).language_model.model.layers.parameters()
-part = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in parts)
-print(model.new_cache(1, 3).keys[0].shape[1], part / whole)
-dist.barrier()
-sys.stdout.flush()
-__import__("os")._exit(0)
-"""
-
-
-def test_each_of_two_processes_has_half_of_the_heads_and_weights(micro, tmp_path):
-    program = tmp_path / "sizes.py"
-    program.write_text(PART_SIZES)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        [*command, program, micro], capture_output=True, text=True, env=environment
-    )
-    lines = result.stdout.splitlines()
-    assert len(lines) == 2
-    for line in lines:
-        heads, share = line.split()
-        assert heads == "1"  # of two
-        assert 0.5 <= float(share) < 0.52  # the norms are whole
 
 
 def test_heads_that_cannot_be_divided_are_reported_with_both_numbers(monkeypatch):

@@ -12,27 +12,22 @@ from signals import CHAT
 GOLDENS = json.loads((DATA / "goldens.json").read_text(encoding="utf-8"))
 
 
-@pytest.fixture
-def official(qwen):
-    return Tokenizer(qwen)
-
-
 def test_ids_are_those_of_transformers():
     tokenizer = Tokenizer(TINY)
     for text, ids in GOLDENS["tiny"].items():
         assert tokenizer.encode(text) == ids, text
 
 
-def test_ids_of_the_official_tokenizer_are_those_of_transformers(official):
+def test_ids_of_the_official_tokenizer_are_those_of_transformers(official_tokenizer):
     for text, ids in GOLDENS["qwen"].items():
-        assert official.encode(text) == ids, text
-    assert official.added_tokens["<sound>"] == 151669
-    assert official.eos_token_id == 151645
-    assert official.pad_token_id == 151671
+        assert official_tokenizer.encode(text) == ids, text
+    assert official_tokenizer.added_tokens["<sound>"] == 151669
+    assert official_tokenizer.eos_token_id == 151645
+    assert official_tokenizer.pad_token_id == 151671
 
 
-def test_neighboring_texts_are_encoded_as_one(official):
-    assert official.encode_pieces(["user\n", "\nhi"])[-2] == 271  # "\n\n", not two "\n"
+def test_neighboring_texts_are_encoded_as_one(official_tokenizer):
+    assert official_tokenizer.encode_pieces(["user\n", "\nhi"])[-2] == 271  # "\n\n", not two "\n"
 
 
 def test_the_text_of_a_chat_template_is_that_of_transformers(processor):

@@ -30,7 +30,7 @@ def write_film(
     """
     picture, sound = CODECS[path.suffix[1:]]
     command = ["ffmpeg", "-v", "error", "-f", "lavfi"]
-    command += ["-i", f"color=black:size=64x64:rate=25:duration={seconds}"]
+    command += ["-i", f"color=black:size=16x16:rate=25:duration={seconds}"]
     for recording in recordings:
         command += ["-itsoffset", late, "-i", recording]
     for number in range(len(recordings) + 1):
