@@ -5,6 +5,7 @@ import struct
 import subprocess
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 
 from films import CODECS as FILMS
 from films import begin_of_sound, run_ffmpeg, write_film
-from peak_memory import peak_bytes
+from memory import at_most
 from places import SHARED, TINY
 from plumbing.audio_file import (
     AUDIO_SUFFIXES,
@@ -173,11 +174,11 @@ def write_silence(path, seconds, rate=48000):
 
 def test_no_more_than_the_maximum_length_is_read(tmp_path):
     path = write_silence(tmp_path / "hour.wav", seconds=3600)
-    memory = peak_bytes()
-    with pytest.warns(UserWarning, match=r"^3600\.0 s of audio: only the first 20\.0 s are heard$"):
-        waveform = load_audio(path, max_seconds=20)
+    messages = []
+    with at_most(50_000_000):
+        waveform = load_audio(path, max_seconds=20, warn=messages.append)
     assert len(waveform) == 20 * 16000
-    assert peak_bytes() - memory < 50e6
+    assert messages[0] == "3600.0 s of audio: only the first 20.0 s are heard"
 
 
 def test_a_killed_ffmpeg_is_not_mistaken_for_the_end_of_the_recording(tmp_path, monkeypatch):
@@ -286,24 +287,29 @@ def test_a_playlist_that_refers_to_another_file_is_never_followed(tmp_path, ffmp
         load_audio(path)
 
 
+# Suffixes of the same format, which ffmpeg recognizes by what is inside.
+SAME_FORMAT = {
+    ".wav": [".wave", ".bwf"],
+    ".aiff": [".aif", ".aifc"],
+    ".au": [".snd"],
+    ".mp2": [".mpa"],
+    ".aac": [".adts"],
+    ".ogg": [".oga", ".ogv"],
+    ".m4a": [".m4b", ".m4r", ".mp4", ".m4v", ".mov", ".qt", ".f4v"],
+    ".3gp": [".3g2", ".3ga"],
+    ".mkv": [".mka"],
+    ".webm": [".weba"],
+    ".wma": [".wmv", ".asf"],
+    ".mpg": [".mpeg", ".vob"],
+    ".ts": [".mts"],
+}
+FORMATS = sorted(AUDIO_SUFFIXES - set(chain(*SAME_FORMAT.values())))
+
 # ffmpeg's options for suffixes that do not say enough.
 OPTIONS = {
-    ".wave": ["-f", "wav"],
-    ".bwf": ["-f", "wav", "-rf64", "always"],
-    ".aifc": ["-f", "aiff", "-c:a", "pcm_s16le"],
-    ".snd": ["-f", "au"],
-    ".mpa": ["-f", "mp2"],
-    ".adts": ["-f", "adts"],
     ".opus": ["-c:a", "libopus"],
     ".spx": ["-c:a", "libspeex", "-ar", "16000"],
-    ".m4b": ["-f", "ipod"],
-    ".m4r": ["-f", "ipod"],
-    ".qt": ["-f", "mov"],
     ".3gp": ["-c:a", "aac"],
-    ".3g2": ["-c:a", "aac"],
-    ".3ga": ["-f", "3gp", "-c:a", "aac"],
-    ".weba": ["-f", "webm"],
-    ".mts": ["-f", "mpegts"],
     ".m2ts": ["-f", "mpegts", "-mpegts_m2ts_mode", "1"],
 }
 # Speech codecs that ffmpeg can only read: a second of frames.
@@ -313,8 +319,8 @@ AMR = {
 }
 
 
-@pytest.mark.parametrize("suffix", sorted(AUDIO_SUFFIXES))
-def test_every_suffix_of_a_folder_is_read_and_a_codecs_delay_is_no_gap(tmp_path, ffmpeg, suffix):
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_every_format_of_a_folder_is_read_and_a_codecs_delay_is_no_gap(tmp_path, ffmpeg, suffix):
     path = tmp_path / f"a{suffix}"
     if suffix in AMR:
         path.write_bytes(AMR[suffix])
