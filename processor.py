@@ -370,7 +370,7 @@ class AudioFlamingo3Processor:
             pieces += [self.start_id, "assistant\n"]
         return pieces
 
-    def make_batch(self, prompts, recordings, padding_side="left", output_labels=False) -> Batch:
+    def make_batch(self, prompts, recordings, padding_side, output_labels) -> Batch:
         """The tensors of prompts, each in pieces, and of recordings, each in windows."""
         sequences = [torch.tensor(self.tokenizer.encode_pieces(pieces)) for pieces in prompts]
         real = [torch.ones_like(sequence) for sequence in sequences]

@@ -236,12 +236,14 @@ def test_rope_theta_may_stand_alone_or_in_rope_parameters_and_is_10000_if_absent
 
 
 def test_null_in_a_configuration_means_absent(checkpoint):
-    change(checkpoint / "config.json", "text_config", rms_norm_eps=None)
+    absent = {"rms_norm_eps": None, "rope_parameters": None, "rope_theta": None}
+    change(checkpoint / "config.json", "text_config", **absent)
     change(checkpoint / "generation_config.json", max_new_tokens=None, pad_token_id=None)
 
     config, options = load_weights.read_configs(checkpoint)
 
     assert "rms_norm_eps" not in config["text_config"]
+    assert config["text_config"]["rope_theta"] == 10000
     assert "max_new_tokens" not in options
     assert options["pad_token_id"] == 646  # [PAD]: the tokenizer's
 
@@ -345,6 +347,14 @@ def test_the_default_system_message_is_that_of_the_chat_template(checkpoint):
 
     text = processor.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
     assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n")
+
+
+def test_the_original_layout_has_its_generation_config_in_llm(original_checkpoint):
+    change(original_checkpoint / "llm" / "generation_config.json", max_new_tokens=3)
+
+    _, options = load_weights.read_configs(original_checkpoint)
+
+    assert options["max_new_tokens"] == 3
 
 
 @pytest.mark.differs("transformers reads only the layout of the hub")

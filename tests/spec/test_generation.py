@@ -292,6 +292,11 @@ def test_the_repetition_penalty_counts_the_ids_of_the_prompt_and_the_new_ones(co
     assert new_ids(counting_model, [[5, 3]], **options) == [expected]
 
 
+def test_a_repetition_penalty_below_1_makes_seen_ids_likelier(counting_model):
+    options = {"repetition_penalty": 1e-5, "max_new_tokens": 1}
+    assert new_ids(counting_model, [[5, 3]], **options) == [[5]]  # without it, 4
+
+
 def test_the_repetition_penalty_does_not_count_padding_or_the_other_rows(counting_model):
     prompts = [[4, 3], [8, 7], [5, 4]]
     mask = [[0, 1], [1, 1], [1, 1]]

@@ -70,8 +70,9 @@ def test_half_a_character_is_decoded_to_the_replacement_character(processor):
 
 
 @pytest.mark.differs("transformers has streamers instead")
-def test_streamed_text_comes_in_whole_characters(processor):
-    steps = [torch.tensor([token_id]) for token_id in (39, 127, 102, 620)]
+def test_streamed_text_is_that_of_the_first_row_in_whole_characters(processor):
+    # "H", the two bytes of "é", <|im_end|>, and last what is left; "A" in the second row.
+    steps = [torch.tensor([token_id, 32]) for token_id in (39, 127, 102, 620)]
 
     assert list(processor.stream_text(steps)) == ["H", "", "é", "", ""]
 
