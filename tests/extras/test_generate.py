@@ -51,6 +51,21 @@ def test_tiny_answers_its_samples_in_int8_too(run, name):
     assert (status, out) == (0, answer)
 
 
+def test_each_piece_of_an_answer_is_printed_as_soon_as_it_is_known(monkeypatch, clip, micro):
+    sizes = []  # of what a reader of the pipe has, after each time that it gets something
+
+    class Pipe(io.TextIOWrapper):
+        def flush(self):
+            super().flush()
+            sizes.append(len(self.buffer.getvalue()))
+
+    monkeypatch.setattr(sys, "stdout", Pipe(io.BytesIO()))
+    options = ["--model", str(micro), "--max-new-tokens", "12", "--quiet"]
+    monkeypatch.setattr(sys, "argv", ["generate.py", clip, "Hi", *options])
+    assert generate.main() == 0
+    assert len(set(sizes)) > 6
+
+
 def test_quiet_prints_nothing_but_the_answer(run):
     result = run(TINY / "samples" / "digits.wav", "--quiet", model=TINY)
     assert result == (0, "seven three one\n", "")
