@@ -51,6 +51,12 @@ def test_tiny_answers_its_samples_in_int8_too(run, name):
     assert (status, out) == (0, answer)
 
 
+def test_the_exit_status_of_the_program_is_that_of_main():
+    result = run_program("gone.wav")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: gone.wav: no such file")
+
+
 def test_each_piece_of_an_answer_is_printed_as_soon_as_it_is_known(monkeypatch, clip, micro):
     sizes = []  # of what a reader of the pipe has, after each time that it gets something
 
