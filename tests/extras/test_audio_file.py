@@ -347,7 +347,7 @@ def test_sound_that_begins_late_is_a_gap_at_the_beginning_of_a_film(tmp_path, ff
 
 
 @pytest.mark.parametrize(
-    "suffix, gap", [*[(suffix, 2) for suffix in FILMS], ("mkv", 15), ("ts", 15), ("mpg", 15)]
+    "suffix, gap", [("mkv", 2), ("mp4", 2), ("ogv", 2), ("mkv", 15), ("ts", 15), ("mpg", 15)]
 )
 def test_a_gap_in_the_sound_of_a_film_is_found(tmp_path, ffmpeg, suffix, gap):
     film = write_film(tmp_path / f"gap.{suffix}", [DIGITS], seconds=20, gap=gap)
@@ -413,7 +413,7 @@ def test_a_word_is_on_the_side_of_a_gap_where_more_of_it_is(word, in_film):
     assert on_timeline(*word, gaps=[(0, 3), (1, 2)]) == pytest.approx(in_film)
 
 
-@pytest.mark.parametrize("suffix", ["mkv", "mp4", "mov"])
+@pytest.mark.parametrize("suffix", ["mkv", "mp4"])
 def test_the_default_audio_track_is_read_and_the_number_of_tracks_is_reported(
     tmp_path, ffmpeg, suffix
 ):
@@ -461,7 +461,7 @@ def test_silence_is_reported_once_for_a_file_and_for_an_array(processor, tmp_pat
     assert names == [str(path), "Sample 0"]
 
 
-@pytest.mark.parametrize("suffix", ["mp3", "m4a", "ogg", "flac"])
+@pytest.mark.parametrize("suffix", ["mp3", "flac"])
 def test_silence_is_recognized_in_compressed_files(tmp_path, ffmpeg, suffix):
     command = [ffmpeg, "-v", "error", "-f", "lavfi", "-i", "anullsrc", "-t", "1"]
     path = run_ffmpeg([*command, tmp_path / f"silent.{suffix}"])
@@ -480,7 +480,7 @@ def in_channels(path, *channels):
     return path
 
 
-@pytest.mark.parametrize("suffix", ["wav", "mp3", "m4a", "opus"])
+@pytest.mark.parametrize("suffix", ["wav", "opus"])
 def test_channels_that_cancel_are_reported(tmp_path, ffmpeg, suffix):
     speech = load_audio(DIGITS)
     path = in_channels(tmp_path / "in.wav", speech, -speech)
