@@ -518,7 +518,7 @@ def joined(folder, *contents, suffix):
     return path
 
 
-@pytest.mark.parametrize("options", [["-ar", "44100"], ["-write_id3v1", "1"], ["-ac", "2"]])
+@pytest.mark.parametrize("options", [["-ar", "44100"], ["-write_id3v1", "1"]])
 def test_a_joined_mp3_is_read_whole_without_a_warning(tmp_path, ffmpeg, options):
     first = encode(tmp_path, "a.mp3", "-ar", "44100")
     second = encode(tmp_path, "b.mp3", *options)
@@ -527,7 +527,7 @@ def test_a_joined_mp3_is_read_whole_without_a_warning(tmp_path, ffmpeg, options)
     assert warnings_of(path) == []
 
 
-@pytest.mark.parametrize("codec", ["libvorbis", "libopus", "libspeex", "flac"])
+@pytest.mark.parametrize("codec", ["libvorbis", "flac"])
 def test_a_chained_ogg_is_read_whole_without_a_warning(tmp_path, ffmpeg, codec):
     first = encode(tmp_path, "a.ogg", "-c:a", codec)
     second = encode(tmp_path, "b.ogg", "-c:a", codec, "-metadata", "title=b")
