@@ -407,7 +407,7 @@ class GenerationConfig:
     max_new_tokens: int = 512
     do_sample: bool = False  # False: greedy, always the likeliest token
     temperature: float = 1.0
-    top_k: int | None = 50  # None or 0: no limit; 50 as in transformers
+    top_k: int | None = 50  # None or 0: no limit
     top_p: float | None = None  # None: no limit
     repetition_penalty: float = 1.0
     eos_token_id: int | list[int] = field(default_factory=list)  # []: never stop early
@@ -498,7 +498,7 @@ class AudioFlamingo3ForConditionalGeneration(PretrainedModel):
         for part, is_real in split_prompt(x, attention_mask, cache):
             states.append(self.language_model.model(part, is_real, cache))
         states = torch.cat(states, dim=1)
-        return torch.empty_like(x).index_put_((rows, to_right), states)  # moved back
+        return torch.empty_like(x).index_put_((rows, to_right), states)  # back
 
     def decode_one_token(self, token_ids: Tensor, cache: KeyValueCache) -> Tensor:
         """Logits (B, V) after one more id in each row, (B,)."""
