@@ -227,9 +227,6 @@ CODECS = {
     "flac": [],
     "ogg": [],
     "m4a": [],
-    "opus": ["-c:a", "libopus"],
-    "mkv": [],
-    "mp4": [],
     "wav": ["-c:a", "adpcm_ms"],
 }
 

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -94,20 +95,25 @@ KILLER = """#!/bin/sh
 """
 
 
-@pytest.mark.parametrize("option", ["--batch-size=1", "--tensor-parallel"])
-def test_the_death_of_a_process_is_reported_in_one_line(together, folder, tmp_path, option):
+def test_the_death_of_a_process_is_reported_in_one_line(together, folder, tmp_path):
     (folder / "1.wav").rename(folder / "1.mp3")  # which ffmpeg has to read
     killer = tmp_path / "bin" / "ffmpeg"
     killer.parent.mkdir()
     killer.write_text(KILLER)
     killer.chmod(0o755)
     environment = os.environ | {"PATH": f"{killer.parent}:{os.environ['PATH']}"}
-    result = together(2, folder, "Hi", option, env=environment)
-    assert result.returncode == 1
-    (line,) = lines_that_begin("error: ", result.stderr)
-    name = "another process" if option == "--tensor-parallel" else "process 1"
-    assert line.startswith(f"error: {name} has died")
-    assert "run the same command again" in line
+
+    def run_with(option):
+        return together(2, folder, "Hi", option, env=environment)
+
+    names = {"--batch-size=1": "process 1", "--tensor-parallel": "another process"}
+    with ThreadPoolExecutor(2) as pool:  # both at once: they mostly wait
+        results = list(pool.map(run_with, names))
+    for result, name in zip(results, names.values()):
+        assert result.returncode == 1
+        (line,) = lines_that_begin("error: ", result.stderr)
+        assert line.startswith(f"error: {name} has died")
+        assert "run the same command again" in line
 
 
 # ---- Splitting the model ----
