@@ -82,7 +82,7 @@ class AudioFlamingo3Config:
     audio_config: AudioFlamingo3EncoderConfig = field(default_factory=AudioFlamingo3EncoderConfig)
     text_config: Qwen2Config = field(default_factory=Qwen2Config)
     audio_token_id: int = 151669  # <sound>
-    num_tokens: int | None = None  # ids with a text; None: all of vocab_size
+    num_tokens: int | None = None  # ids with a text; None: all
     rotary_time_config: object = None  # for its siblings; see extras/music_flamingo.py
 
 
@@ -498,7 +498,7 @@ class AudioFlamingo3ForConditionalGeneration(PretrainedModel):
         for part, is_real in split_prompt(x, attention_mask, cache):
             states.append(self.language_model.model(part, is_real, cache))
         states = torch.cat(states, dim=1)
-        return torch.empty_like(x).index_put_((rows, to_right), states)  # back
+        return torch.empty_like(x).index_put_((rows, to_right), states)  # moved back
 
     def decode_one_token(self, token_ids: Tensor, cache: KeyValueCache) -> Tensor:
         """Logits (B, V) after one more id in each row, (B,)."""
